@@ -1,0 +1,39 @@
+"""Metrics as JSON lines: the settings in the first line, then one record a line."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+class Metrics:
+    """Appends records to `path`; those after step `start` are dropped first, as a resume needs."""
+
+    def __init__(self, path: Path, header: dict[str, Any], start: int) -> None:
+        kept = [r for r in read(path)[1] if r["step"] <= start] if start else []
+        self._file = path.open("w", encoding="utf-8")
+        for record in (header, *kept):
+            self.write(**record)
+
+    def write(self, **record: Any) -> None:
+        """Write one line at once, so that a killed run keeps what it had."""
+        self._file.write(json.dumps({k: _plain(v) for k, v in record.items()}) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The settings and the records of one run."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    header, *records = (json.loads(line) for line in lines)
+    return header, records
+
+
+def _plain(value: Any) -> Any:
+    # JSON has no NaN: a diverged loss is null.
+    return None if isinstance(value, float) and not math.isfinite(value) else value

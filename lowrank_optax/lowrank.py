@@ -1,0 +1,219 @@
+"""The factored kernel `W = U S V^T` and its products with arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    r"""A kernel kept in factors, :math:`W = U S V^\top`; W itself is never formed.
+
+    A pytree of three floating arrays without static fields, so it passes through `jit`, `grad`,
+    `vmap`, `scan`, Optax and Orbax like any other node. The axes of the factors carry all metadata:
+    the number of batch axes is `S.ndim - 2`, the axes of U and V between the batch axes and the last
+    one are the input and output axes of the kernel.
+
+    The optimizers of this package keep U and V orthonormal and S diagonal, non-negative and
+    descending (the canonical gauge). A kernel whose active rank is below its width r carries exact
+    zeros in the trailing singular values and arbitrary orthonormal columns beside them.
+
+    Attributes:
+      U: `(batch..., in..., r)`, orthonormal columns once the input axes are flattened.
+      S: `(batch..., r, r)`.
+      V: `(batch..., out..., r)`, orthonormal columns once the output axes are flattened.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> W = lro.factorize(jnp.diag(jnp.arange(4.0)), rank=2)
+      >>> W.shape, W.rank
+      ((4, 4), 2)
+      >>> bool(jnp.allclose(jnp.ones((3, 4)) @ W, jnp.ones((3, 4)) @ W.to_dense(), atol=1e-5))
+      True
+    """
+
+    U: jax.Array
+    S: jax.Array
+    V: jax.Array
+
+    # NumPy would otherwise turn `x @ W` into an object array instead of calling __rmatmul__.
+    __array_ufunc__ = None
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The leading axes that index independent kernels (stacked layers)."""
+        return tuple(self.S.shape[:-2])
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        """The input axes of the kernel."""
+        return tuple(self.U.shape[self.S.ndim - 2 : -1])
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """The output axes of the kernel."""
+        return tuple(self.V.shape[self.S.ndim - 2 : -1])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense kernel, `batch + in + out`."""
+        return self.batch_shape + self.in_shape + self.out_shape
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the dense kernel."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of values stored, `r (m + n) + r^2` for each kernel."""
+        return math.prod(self.U.shape) + math.prod(self.S.shape) + math.prod(self.V.shape)
+
+    @property
+    def rank(self) -> int:
+        """The width r of the factors, an upper bound of the rank (see `ranks` for the rank)."""
+        return int(self.S.shape[-1])
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of a product with the kernel."""
+        return jnp.result_type(self.U, self.S, self.V)
+
+    @property
+    def T(self) -> LowRank:
+        """The adjoint: input and output axes change places, batch axes stay."""
+        return LowRank(self.V, jnp.swapaxes(self.S, -1, -2), self.U)
+
+    def to_dense(self) -> jax.Array:
+        """The dense kernel, an array of shape `batch + in + out`."""
+        W = flatten(self)
+        return ((W.U @ W.S) @ jnp.swapaxes(W.V, -1, -2)).reshape(self.shape)
+
+    def astype(self, dtype: Any) -> LowRank:
+        """The same factors in another dtype."""
+        return LowRank(*(x.astype(dtype) for x in (self.U, self.S, self.V)))
+
+    def __rmatmul__(self, x: Any) -> jax.Array:
+        """`x @ W`, see `matmul`."""
+        return matmul(x, self)
+
+    def __getitem__(self, index: Any) -> LowRank:
+        """Selects kernels along the batch axes; `W[...]` is W, as for a Flax variable."""
+        if index is Ellipsis:
+            return self
+        if not self.batch_shape:
+            raise TypeError("a LowRank kernel without batch axes has no entries to index; use to_dense()")
+        return LowRank(self.U[index], self.S[index], self.V[index])
+
+
+def is_lowrank(x: Any) -> bool:
+    """True for a `LowRank` node: the `is_leaf` of every map over kernels.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> params = {"kernel": lro.factorize(jnp.eye(4), 2), "bias": jnp.zeros(4)}
+      >>> jax.tree.map(lambda x: x.ndim, params, is_leaf=lro.is_lowrank)
+      {'bias': 1, 'kernel': 2}
+    """
+    return isinstance(x, LowRank)
+
+
+def flatten(W: LowRank) -> LowRank:
+    """The same kernel with one input and one output axis: U `(batch..., m, r)`, V `(batch..., n, r)`."""
+    batch, r = W.batch_shape, W.rank
+    return LowRank(W.U.reshape(*batch, -1, r), W.S, W.V.reshape(*batch, -1, r))
+
+
+def unflatten(W: LowRank, like: LowRank) -> LowRank:
+    """Gives the factors of a flattened kernel the axes of `like` (their width may differ)."""
+    r, batch = W.rank, like.batch_shape
+    return LowRank(W.U.reshape(*batch, *like.in_shape, r), W.S, W.V.reshape(*batch, *like.out_shape, r))
+
+
+def cast_like(W: LowRank, like: LowRank) -> LowRank:
+    """The factors of W in the dtypes of those of `like`."""
+    return LowRank(W.U.astype(like.U.dtype), W.S.astype(like.S.dtype), W.V.astype(like.V.dtype))
+
+
+def matmul(x: Any, W: LowRank, *, precision: Any = None) -> jax.Array:
+    r"""The product :math:`x W = ((x U) S) V^\top`, at `r (m + n) + r^2` operations a row.
+
+    Args:
+      x: array of shape `(batch..., any..., in...)`: the batch axes of the kernel come first, its input
+        axes last.
+      W: the kernel.
+      precision: passed to the three products.
+
+    Returns:
+      Array of shape `(batch..., any..., out...)`.
+
+    Raises:
+      TypeError: if the axes of `x` do not match the kernel.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> W = lro.factorize(jnp.ones((6, 2, 4)), rank=1, where=lambda path, shape: lro.Axes(0, 1))
+      >>> (jnp.ones((3, 6)) @ W).shape
+      (3, 2, 4)
+    """
+    x = jnp.asarray(x)
+    batch, inputs = W.batch_shape, W.in_shape
+    split = x.ndim - len(inputs)
+    if split < len(batch) or x.shape[: len(batch)] != batch or x.shape[split:] != inputs:
+        raise TypeError(
+            f"x @ W needs x of shape {(*batch, '...', *inputs)} for a kernel with batch axes {batch}, "
+            f"input axes {inputs} and output axes {W.out_shape}, got {x.shape}"
+        )
+    contract = (tuple(range(split, x.ndim)), tuple(range(len(batch), W.U.ndim - 1)))
+    axes = tuple(range(len(batch)))
+    return dot_general(x, W, (contract, (axes, axes)), precision=precision)
+
+
+def dot_general(
+    lhs: jax.Array,
+    rhs: Any,
+    dimension_numbers: Any,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    **kwargs: Any,
+) -> jax.Array:
+    """`jax.lax.dot_general` whose right operand may be a `LowRank` kernel.
+
+    The `dot_general` hook of Flax layers. The contracted axes of the kernel must be its input axes and
+    the batch axes its batch axes. No intermediate is larger than one activation of width r.
+
+    Args:
+      lhs: array.
+      rhs: a `LowRank` kernel; anything else goes to `jax.lax.dot_general` unchanged.
+      dimension_numbers: as in `jax.lax.dot_general`.
+      precision: passed to each product.
+      preferred_element_type: passed to each product.
+      **kwargs: passed to the last product, e.g. `out_sharding`.
+
+    Returns:
+      Array whose axes are the batch axes, the free axes of `lhs`, and the output axes of the kernel.
+
+    Raises:
+      TypeError: if other axes of the kernel than its input axes are contracted.
+    """
+    last: dict[str, Any] = dict(precision=precision, preferred_element_type=preferred_element_type)
+    if not isinstance(rhs, LowRank):
+        return jax.lax.dot_general(lhs, rhs, dimension_numbers, **last, **kwargs)
+    (lhs_axes, rhs_axes), (lhs_batch, rhs_batch) = dimension_numbers
+    nbatch = len(rhs.batch_shape)
+    expected = tuple(range(nbatch, rhs.U.ndim - 1))
+    if tuple(rhs_axes) != expected or tuple(rhs_batch) != tuple(range(nbatch)):
+        raise TypeError(
+            f"a LowRank kernel of shape {rhs.shape} is contracted over its input axes {expected} with "
+            f"batch axes {tuple(range(nbatch))}, got axes {tuple(rhs_axes)} and {tuple(rhs_batch)}"
+        )
+    z = jax.lax.dot_general(lhs, rhs.U, ((lhs_axes, expected), (lhs_batch, rhs_batch)), **last)
+    batch = (tuple(range(nbatch)), tuple(range(nbatch)))
+    z = jax.lax.dot_general(z, rhs.S, (((z.ndim - 1,), (nbatch,)), batch), **last)
+    return jax.lax.dot_general(z, rhs.V, (((z.ndim - 1,), (rhs.V.ndim - 1,)), batch), **last, **kwargs)

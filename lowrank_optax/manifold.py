@@ -1,0 +1,300 @@
+r"""The geometry of fixed-rank matrices, on one flattened kernel.
+
+Reads top to bottom as one step of the paper: gauge, tangent projection, augmentation, retraction,
+transport. Kernels are flattened `LowRank` values, U `(batch..., m, r)`, S `(batch..., r, r)`,
+V `(batch..., n, r)`, in the working dtype; batch axes are independent kernels. A tangent vector
+
+.. math:: \xi = U M V^\top + U_p V^\top + U V_p^\top, \quad U^\top U_p = 0, \quad V^\top V_p = 0
+
+is a `LowRank` value too, the triple (U_p, M, V_p): it has the shapes of (U, S, V), depends linearly on xi,
+and :math:`|\xi|_F^2 = |U_p|^2 + |M|^2 + |V_p|^2`. No function forms an m x n array.
+
+References:
+  Schotthöfer, Klein, Kusch, `A geometric framework for momentum-based optimizers for low-rank training
+  <https://arxiv.org/abs/2506.17475>`_, 2025. The single-gradient step is that of GeoLoRA,
+  `arXiv:2410.18720 <https://arxiv.org/abs/2410.18720>`_.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax import linalg
+from lowrank_optax.linalg import transpose
+from lowrank_optax.lowrank import LowRank
+
+
+def is_canonical(W: LowRank) -> jax.Array:
+    """True if S is diagonal, non-negative and descending for every kernel of the batch."""
+    sigma = jnp.diagonal(W.S, axis1=-2, axis2=-1)
+    ordered = jnp.all(sigma[..., :-1] >= sigma[..., 1:]) & jnp.all(sigma[..., -1] >= 0)
+    return ordered & jnp.all(linalg.diagonal(sigma) == W.S)
+
+
+def gauge(W: LowRank) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """P, sigma, Q with `S = P diag(sigma) Q^T`: `(U P, diag(sigma), V Q)` is W in the canonical gauge.
+
+    Singular values at the rounding level of a full S are noise. They become exact zeros here, because
+    `project` divides by what is not zero.
+    """
+    p, sigma, q = linalg.svd(W.S)
+    floor = W.rank * jnp.finfo(sigma.dtype).eps * sigma[..., :1]
+    return p, jnp.where(sigma > floor, sigma, 0.0), q
+
+
+def singular_values(W: LowRank) -> jax.Array:
+    """The singular values `(batch..., r)`, exact where S is canonical."""
+    sigma = jnp.diagonal(W.S, axis1=-2, axis2=-1)
+    return jax.lax.cond(is_canonical(W), lambda: sigma, lambda: gauge(W)[1])
+
+
+def rank(W: LowRank) -> jax.Array:
+    """The number of singular values that are not zero, `(batch...)`, int32."""
+    return jnp.sum(singular_values(W) > 0, axis=-1, dtype=jnp.int32)
+
+
+def rotate(x: LowRank, p: jax.Array, q: jax.Array) -> LowRank:
+    """The triple x (factor gradients or a tangent vector) in the bases U P and V Q.
+
+    With `G_U = G V S^T` and `S = P diag(sigma) Q^T`, the gradient with respect to U P is
+    `G (V Q) diag(sigma) = G_U P`. A tangent triple instead has `U_p` ride on V, see `rotate_tangent`.
+    """
+    return LowRank(x.U @ p, transpose(p) @ x.S @ q, x.V @ q)
+
+
+def rotate_tangent(xi: LowRank, p: jax.Array, q: jax.Array) -> LowRank:
+    """The same tangent vector for the bases U P and V Q: `U_p V^T = (U_p Q)(V Q)^T`."""
+    return LowRank(xi.U @ q, transpose(p) @ xi.S @ q, xi.V @ p)
+
+
+def project(W: LowRank, grads: LowRank, active: jax.Array) -> LowRank:
+    r"""Projects the gradient onto the tangent space, given the gradients of the factors.
+
+    .. math::
+      P(W) G = U M V^\top + U_p V^\top + U V_p^\top, \quad M = U^\top G V, \quad
+      U_p = (I - U U^\top) G V, \quad V_p = (I - V V^\top) G^\top U
+
+    Autodiff supplies :math:`G_U = G V S^\top`, :math:`G_S = U^\top G V`, :math:`G_V = G^\top U S`. In the
+    canonical gauge column j of G_U carries the factor :math:`\sigma_j` and nothing else, so one division a
+    column recovers G V to rounding whatever cond(S) is. A column with :math:`\sigma_j = 0` carries no
+    information and becomes zero.
+
+    Args:
+      W: kernel in the canonical gauge.
+      grads: gradients of its factors.
+      active: `(batch..., r)` mask of the columns that belong to the kernel (the rest is padding).
+
+    Returns:
+      The triple (U_p, M, V_p), zero in the padded columns.
+    """
+    sigma = jnp.diagonal(W.S, axis1=-2, axis2=-1)
+    known = active & (sigma > jnp.finfo(sigma.dtype).tiny)
+    divisor = jnp.where(known, sigma, 1.0)[..., None, :]
+    columns = active[..., None, :]
+
+    def horizontal(basis: jax.Array, factor_grad: jax.Array) -> jax.Array:
+        basis = jnp.where(columns, basis, 0.0)
+        x = jnp.where(known[..., None, :], factor_grad / divisor, 0.0)
+        return x - basis @ (transpose(basis) @ x)
+
+    m = jnp.where(columns & active[..., :, None], grads.S, 0.0)
+    return LowRank(horizontal(W.U, grads.U), m, horizontal(W.V, grads.V))
+
+
+def make_horizontal(W: LowRank, xi: LowRank, active: jax.Array) -> LowRank:
+    """Restores `U^T U_p = 0` and `V^T V_p = 0`, which an elementwise optimizer breaks."""
+    u, v = (jnp.where(active[..., None, :], x, 0.0) for x in (W.U, W.V))
+    return LowRank(xi.U - u @ (transpose(u) @ xi.U), xi.S, xi.V - v @ (transpose(v) @ xi.V))
+
+
+def inner(x: LowRank, y: LowRank) -> jax.Array:
+    """The inner product of two tangent triples, which is that of the matrices, `(batch...)`."""
+    return sum(jnp.sum(a * b, axis=(-2, -1)) for a, b in ((x.U, y.U), (x.S, y.S), (x.V, y.V)))
+
+
+class Frame(NamedTuple):
+    """Bases that hold the old bases and the directions added to them.
+
+    Attributes:
+      U: `(batch..., m, p)` orthonormal, p = min(m, 2r) or the width asked for.
+      V: `(batch..., n, q)` orthonormal.
+      left: `U_frame^T U_old`, `(batch..., p, r)`.
+      right: `V_frame^T V_old`, `(batch..., q, r)`.
+      left_new: `U_frame^T U_p`, `(batch..., p, r)`.
+      right_new: `V_frame^T V_p`, `(batch..., q, r)`.
+    """
+
+    U: jax.Array
+    V: jax.Array
+    left: jax.Array
+    right: jax.Array
+    left_new: jax.Array
+    right_new: jax.Array
+
+
+def augment(W: LowRank, xi: LowRank, rank: jax.Array, width: int | None = None) -> Frame:
+    """Orthonormal bases of the spans of [U, U_p] and [V, V_p], by one Householder QR each.
+
+    Args:
+      W: kernel in the canonical gauge.
+      xi: triple (U_p, M, V_p); M is not used.
+      rank: `(batch...)` number k of columns of the kernel that are not padding.
+      width: None for a frame of 2r columns in no particular order. Otherwise the frame has this many columns:
+        the k of the basis, as many new directions as fit, arbitrary orthonormal ones.
+
+    Returns:
+      The frame, with at most m (or n) columns.
+    """
+    r = W.rank
+    active = linalg.leading(rank, r)[..., None, :]
+
+    def extend(basis: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        basis = jnp.where(active, basis, 0.0)
+        columns = jnp.concatenate([basis, new], axis=-1)
+        if width is None:
+            q, x = linalg.orthonormalize(columns)
+            return q, x[..., :r], x[..., r:]
+        shape = (*rank.shape, min(width, basis.shape[-2]))
+        j = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+        k = rank[..., None]
+        # Column j is U_j below k, new direction j - k below 2k, and zero from there on.
+        source = jnp.where(j < k, j, jnp.minimum(j - k + r, 2 * r - 1))[..., None, :]
+        picked = jnp.take_along_axis(columns, source, axis=-1)
+        q, _ = linalg.orthonormalize(jnp.where((j < 2 * k)[..., None, :], picked, 0.0))
+        return q, transpose(q) @ basis, transpose(q) @ new
+
+    u, left, left_new = extend(W.U, xi.U)
+    v, right, right_new = extend(W.V, xi.V)
+    return Frame(u, v, left, right, left_new, right_new)
+
+
+def augmented_block(S: jax.Array, rank: jax.Array) -> jax.Array:
+    """Mask, of the shape of S, of the coefficients between the k basis columns and k new directions.
+
+    For a frame with its columns in order (`width` given to `augment`); the rest is padding.
+    """
+    rows = linalg.leading(2 * rank, S.shape[-2])[..., :, None]
+    return rows & linalg.leading(2 * rank, S.shape[-1])[..., None, :]
+
+
+def coefficients(frame: Frame, xi: LowRank) -> jax.Array:
+    r"""The matrix of a tangent vector in the frame, `(batch..., p, q)`.
+
+    :math:`\hat U^\top \xi \hat V`, which is :math:`[[M, R_v^\top], [R_u, 0]]` when U and V are orthonormal.
+    """
+    return (
+        frame.left @ xi.S @ transpose(frame.right)
+        + frame.left_new @ transpose(frame.right)
+        + frame.left @ transpose(frame.right_new)
+    )
+
+
+def congruence(x: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+    """`left x right^T`: carries weights, gradients and first moments between bases."""
+    return left @ x @ transpose(right)
+
+
+def congruence_squared(x: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+    """`(left sqrt(x) right^T)^2` elementwise: carries second moments, and keeps them non-negative."""
+    return jnp.square(left @ jnp.sqrt(jnp.maximum(x, 0.0)) @ transpose(right))
+
+
+class Retraction(NamedTuple):
+    """A point near a coefficient matrix Y, before its rank is chosen.
+
+    Attributes:
+      left: `(batch..., p, r)`, the new U in the frame.
+      right: `(batch..., q, r)`, the new V in the frame.
+      spectrum: singular values of the retracted matrix before truncation, descending.
+    """
+
+    left: jax.Array
+    right: jax.Array
+    spectrum: jax.Array
+
+
+def retract_svd(y: jax.Array, r: int) -> Retraction:
+    """The best approximation of `U_frame y V_frame^T`: its SVD, of which r columns are kept."""
+    p, sigma, q = linalg.svd(y)
+    return Retraction(p[..., :r], q[..., :r], sigma)
+
+
+def retract_bug(y: jax.Array, frame: Frame, active: jax.Array) -> Retraction:
+    r"""The basis-update and Galerkin step: no SVD of the frame's size, and a fixed rank.
+
+    .. math:: U' = \mathrm{orth}(Y V), \quad V' = \mathrm{orth}(Y^\top U), \quad S' = U'^\top Y V'
+
+    in the coordinates of the frame, then an r x r SVD that restores the canonical gauge.
+
+    References:
+      Ceruti, Lubich, `An unconventional robust integrator for dynamical low-rank approximation
+      <https://arxiv.org/abs/2010.02022>`_, 2021, section 3.
+    """
+    u, _ = linalg.orthonormalize(y @ frame.right)
+    v, _ = linalg.orthonormalize(transpose(y) @ frame.left)
+    # The columns of u and v beside padding are arbitrary: what Y has there is not part of the step.
+    s = transpose(u) @ y @ v
+    p, sigma, q = linalg.svd(jnp.where(active[..., None, :] & active[..., :, None], s, 0.0))
+    return Retraction(u @ p, v @ q, sigma)
+
+
+def align(retraction: Retraction, overlap: jax.Array) -> Retraction:
+    """Flips pairs of singular vectors so that each new U column points along the old one.
+
+    Signs of singular vectors are arbitrary; with this choice a small step is a small change of U and V.
+
+    Args:
+      retraction: the retraction.
+      overlap: `U_frame^T U_old`, `(batch..., p, r)`.
+    """
+    sign = jnp.sum(retraction.left * overlap, axis=-2, keepdims=True)
+    sign = jnp.where(sign < 0, -1.0, 1.0).astype(overlap.dtype)
+    return retraction._replace(left=retraction.left * sign, right=retraction.right * sign)
+
+
+def assemble(frame: Frame, retraction: Retraction, rank: jax.Array) -> LowRank:
+    """The kernel after truncation to `rank` (at most r) singular values."""
+    r = retraction.left.shape[-1]
+    sigma = jnp.where(linalg.leading(rank, r), retraction.spectrum[..., :r], 0.0)
+    return LowRank(frame.U @ retraction.left, linalg.diagonal(sigma), frame.V @ retraction.right)
+
+
+def transport(xi: LowRank, old: LowRank, new: LowRank, active: jax.Array) -> LowRank:
+    r"""Carries a tangent vector at `old` to `new` by projection onto the tangent space there.
+
+    With :math:`\xi V' = (U M + U_p)(V^\top V') + U (V_p^\top V')` and likewise :math:`\xi^\top U'`:
+    :math:`M' = U'^\top \xi V'`, :math:`U_p' = \xi V' - U' M'`, :math:`V_p' = \xi^\top U' - V' M'^\top`.
+
+    Args:
+      xi: triple at `old`.
+      old: kernel the triple belongs to.
+      new: kernel to carry it to.
+      active: `(batch..., r)` mask of the columns of `new` that are not padding.
+
+    Returns:
+      The triple at `new`, zero in the padded columns.
+    """
+    u_new = jnp.where(active[..., None, :], new.U, 0.0)
+    v_new = jnp.where(active[..., None, :], new.V, 0.0)
+    right, left = transpose(old.V) @ v_new, transpose(old.U) @ u_new
+    xi_v = (old.U @ xi.S + xi.U) @ right + old.U @ (transpose(xi.V) @ v_new)
+    xi_u = (old.V @ transpose(xi.S) + xi.V) @ left + old.V @ (transpose(xi.U) @ u_new)
+    m = transpose(u_new) @ xi_v
+    return LowRank(xi_v - u_new @ m, m, xi_u - v_new @ transpose(m))
+
+
+def transport_squared(x: LowRank, old: LowRank, new: LowRank, active: jax.Array) -> LowRank:
+    r"""Carries second moments of the triple by the square-root congruence, block by block.
+
+    The rows of U_p and V_p are those of the kernel and stay; their columns, and both sides of M, turn with
+    the bases: :math:`(\sqrt{x_U}\, Q)^{\circ 2}`, :math:`(P^\top \sqrt{x_M}\, Q)^{\circ 2}`,
+    :math:`(\sqrt{x_V}\, P)^{\circ 2}` with :math:`P = U^\top U'`, :math:`Q = V^\top V'`.
+    """
+    p = transpose(old.U) @ jnp.where(active[..., None, :], new.U, 0.0)
+    q = transpose(old.V) @ jnp.where(active[..., None, :], new.V, 0.0)
+    root = LowRank(*(jnp.sqrt(jnp.maximum(y, 0.0)) for y in (x.U, x.S, x.V)))
+    turned = rotate_tangent(root, p, q)
+    return LowRank(jnp.square(turned.U), jnp.square(turned.S), jnp.square(turned.V))

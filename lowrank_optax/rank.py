@@ -1,0 +1,168 @@
+"""How many singular values stay after a step: fixed, by tolerance, or by a global budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax import linalg
+
+
+class Spectrum(NamedTuple):
+    """What a policy sees of one kernel after a step.
+
+    Attributes:
+      sigma: `(batch..., w)` singular values before truncation, descending.
+      rank: `(batch...)` rank before the step.
+      width: most singular values the factors can hold.
+      shape: (m, n).
+    """
+
+    sigma: jax.Array
+    rank: jax.Array
+    width: int
+    shape: tuple[int, int]
+
+
+class RankPolicy:
+    """Base class of rank policies: implement `choose`. Not callable, so that it is never taken for a schedule."""
+
+    def choose(self, spectra: Sequence[Spectrum]) -> list[jax.Array]:
+        """The ranks `(batch...)`, int32, at most `width`, of all kernels at once."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keep(RankPolicy):
+    def choose(self, spectra: Sequence[Spectrum]) -> list[jax.Array]:
+        return [s.rank for s in spectra]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tolerance(RankPolicy):
+    theta: float | jax.Array
+    min_rank: int
+    max_rank: int | None
+
+    def choose(self, spectra: Sequence[Spectrum]) -> list[jax.Array]:
+        return [self._one(s) for s in spectra]
+
+    def _one(self, s: Spectrum) -> jax.Array:
+        # Relative to the largest value, so that squares neither overflow nor vanish.
+        top = s.sigma[..., :1]
+        scaled = s.sigma / jnp.where(top > 0, top, 1.0)
+        tail = jnp.sqrt(jnp.cumsum(jnp.square(scaled)[..., ::-1], axis=-1)[..., ::-1])
+        rank = jnp.sum(tail > self.theta * tail[..., :1], axis=-1, dtype=jnp.int32)
+        most = s.width if self.max_rank is None else min(self.max_rank, s.width)
+        return jnp.clip(rank, min(self.min_rank, most), most)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Budget(RankPolicy):
+    parameters: int
+    min_rank: int
+
+    def choose(self, spectra: Sequence[Spectrum]) -> list[jax.Array]:
+        if not spectra:
+            return []
+        gains, costs = [], []
+        for s in spectra:
+            sigma = s.sigma[..., : s.width]
+            index = jax.lax.broadcasted_iota(sigma.dtype, sigma.shape, sigma.ndim - 1)
+            cost = sum(s.shape) + 2 * index + 1  # r (m + n) + r^2, the growth from r = index to index + 1
+            gain = jnp.where(index < self.min_rank, jnp.inf, jnp.square(sigma) / cost)
+            gains.append(gain.reshape(-1))
+            costs.append(cost.reshape(-1))
+        gain, cost = jnp.concatenate(gains), jnp.concatenate(costs)
+        # Within a kernel the gain falls and the cost rises, so a stable sort keeps every kernel's order.
+        order = jnp.argsort(-gain, stable=True)
+        fits = jnp.cumsum(cost[order]) <= self.parameters
+        keep = jnp.zeros(gain.shape, bool).at[order].set(fits & (gain[order] > 0))
+        keep = keep | jnp.isinf(gain)
+        ranks, start = [], 0
+        for s in spectra:
+            shape = (*s.sigma.shape[:-1], min(s.width, s.sigma.shape[-1]))
+            stop = start + jnp.zeros(shape).size
+            ranks.append(jnp.sum(keep[start:stop].reshape(shape), axis=-1, dtype=jnp.int32))
+            start = stop
+        return ranks
+
+
+def keep() -> RankPolicy:
+    """The policy behind `rank=None`: every kernel keeps the rank it had when the optimizer was initialised."""
+    return _Keep()
+
+
+def tolerance(theta: float | jax.Array, *, min_rank: int = 1, max_rank: int | None = None) -> RankPolicy:
+    r"""Keeps the smallest rank whose discarded tail is at most `theta`, relative in the Frobenius norm.
+
+    .. math:: r' = \min\{r : |\sigma_{r+1:}|_2 \le \theta\,|\sigma|_2\}
+
+    clamped to [min_rank, max_rank]. A step adds at most as many directions as a kernel has, so ranks can
+    double in a step; they grow only if the factors are wider than the rank (`max_rank` of `factorize`).
+
+    Args:
+      theta: relative tail, usually 0.001 to 0.1. The error of every step adds up to theta / h over a
+        trajectory of step size h, so smaller steps want a smaller theta.
+      min_rank: lower bound.
+      max_rank: upper bound; default the width of the factors.
+
+    Returns:
+      A policy for the argument `rank` of the optimizers.
+
+    Raises:
+      ValueError: for a negative theta or bounds that exclude each other.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> tx = lro.lowrank_adam(1e-3, rank=lro.tolerance(0.02, min_rank=2))
+
+    References:
+      arXiv:2506.17475, rank truncation.
+    """
+    if isinstance(theta, int | float) and theta < 0:
+        raise ValueError(f"theta is a relative tail and must not be negative, got {theta}")
+    if min_rank < 1 or (max_rank is not None and max_rank < min_rank):
+        raise ValueError(f"ranks need 1 <= min_rank <= max_rank, got {min_rank} and {max_rank}")
+    return _Tolerance(theta, min_rank, max_rank)
+
+
+def budget(parameters: int, *, min_rank: int = 1) -> RankPolicy:
+    r"""Chooses the ranks of all kernels at once so that they hold at most `parameters` values together.
+
+    A kernel of rank r costs :math:`r (m + n) + r^2`. Singular values are taken in the order of energy for
+    cost, :math:`\sigma_j^2 / (m + n + 2j - 1)`, over all kernels until the budget is spent: the greedy
+    solution of "least discarded energy for a total number of parameters", within one singular value of the
+    best.
+
+    Args:
+      parameters: total number of values in the active factors of all kernels that the optimizer sees.
+      min_rank: every kernel keeps at least this many, even if that breaks the budget.
+
+    Returns:
+      A policy for the argument `rank` of the optimizers. Rank moves only where the factors are wider than
+      the rank (`max_rank` of `factorize`).
+
+    Raises:
+      ValueError: for a budget or a minimum below 1.
+
+    Example:
+      >>> import lowrank_optax as lro
+      >>> tx = lro.lowrank_adam(1e-3, rank=lro.budget(200_000))
+    """
+    if parameters < 1 or min_rank < 1:
+        raise ValueError(f"budget needs parameters >= 1 and min_rank >= 1, got {parameters}, {min_rank}")
+    return _Budget(parameters, min_rank)
+
+
+def relative_tail(sigma: jax.Array, rank: jax.Array) -> jax.Array:
+    """`|sigma_{rank+1:}| / |sigma|`, zero for a zero matrix."""
+    top = sigma[..., :1]
+    scaled = jnp.square(sigma / jnp.where(top > 0, top, 1.0))
+    total = jnp.sum(scaled, axis=-1)
+    tail = jnp.sum(jnp.where(linalg.leading(rank, sigma.shape[-1]), 0.0, scaled), axis=-1)
+    return jnp.sqrt(tail / jnp.where(total > 0, total, 1.0))

@@ -1,0 +1,303 @@
+"""The combinator: any Optax transformation becomes its low-rank counterpart."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax import linalg
+from lowrank_optax import manifold as mf
+from lowrank_optax import rank as rank_lib
+from lowrank_optax.lowrank import LowRank, cast_like, flatten, is_lowrank, unflatten
+from lowrank_optax.transforms import steps as st
+from lowrank_optax.transforms.carry import SECOND_MOMENTS, check_carries
+from lowrank_optax.transforms.checks import check_gradients, check_kernels
+from lowrank_optax.transforms.split import Split
+
+
+class FixedRankState(NamedTuple):
+    """State of `fixed_rank`.
+
+    Attributes:
+      inner_state: state of the inner transformation; at a kernel its mirrors hold r x r coefficients, or triples
+        of the shapes of (U, S, V) for tangent momentum, in float32 or better.
+      kernels: tree with a `KernelState` (rank, gradient_norm, truncation) at every kernel; a scalar if there is none.
+      phase: position in the galerkin loop, int32: 0 when the next call augments; always 0 otherwise.
+      notfinite_count: number of calls that changed nothing because something was not finite, int32.
+    """
+
+    inner_state: optax.OptState
+    kernels: Any
+    phase: jax.Array
+    notfinite_count: jax.Array
+
+
+def fixed_rank(
+    inner: optax.GradientTransformation,
+    *,
+    momentum: Literal["coefficient", "tangent"] = "coefficient",
+    gradient: Literal["projected", "galerkin"] = "projected",
+    local_steps: int = 1,
+    retraction: Literal["svd", "bug"] = "svd",
+    rank: rank_lib.RankPolicy | None = None,
+    ordinary: optax.GradientTransformation | None = None,
+    move_ordinary: bool = False,
+    second_moments: tuple[str, ...] = SECOND_MOMENTS,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The low-rank counterpart of an Optax transformation.
+
+    Every `LowRank` node of the parameters moves along the manifold of matrices of its rank: the gradient is
+    projected onto the tangent space, `inner` works on its coordinates, the result is retracted, and the state of
+    `inner` is carried into the new bases. Ordinary leaves get `inner` unchanged. With coefficient momentum a step is
+
+    .. math::
+
+      \hat U &= \mathrm{orth}[U, U_p], \quad \hat V = \mathrm{orth}[V, V_p], \\
+      \hat S &= \hat U^\top U S V^\top \hat V, \quad
+      \hat G = \hat U^\top (P(W) G) \hat V, \quad
+      \hat N = \hat U^\top U N V^\top \hat V, \\
+      \hat S &\leftarrow \hat S + \mathrm{inner}(\hat G, \hat N, \hat S)
+        = P\, \mathrm{diag}(\sigma)\, Q^\top, \\
+      U &\leftarrow \hat U P_1, \quad S \leftarrow \mathrm{diag}(\sigma_{1:r'}), \quad
+      V \leftarrow \hat V Q_1, \quad N \leftarrow P_1^\top \hat N Q_1
+
+    and second moments are carried by :math:`v \leftarrow (P_1^\top \sqrt{v}\, Q_1)^{\circ 2}`. The gradients are
+    those of the factors, as `jax.grad` gives them; no array of the size of W is formed.
+
+    What `inner` sees at a kernel is one matrix whose norm is the Riemannian norm: weight decay inside decays W and
+    never the bases, global-norm clipping inside clips the Riemannian norm. Both must be inside: outside they act
+    on factors. Its step size has the unit of `inner`, so sgd's h moves W by h P(W)G.
+
+    A step in which a gradient, or anything computed from it, is not finite changes nothing and is counted.
+
+    Args:
+      inner: transformation with state that mirrors the parameters or is scalar: sgd, adam, adamw, rmsprop, lion,
+        chains of them with schedules, clipping, decay. Not adafactor or sm3, whose state is factored.
+      momentum: "coefficient" keeps the state of `inner` in r x r coefficients, as in the paper, and drops the part
+        that leaves the kept bases. "tangent" keeps it as tangent vectors, `r (m + n) + r^2` numbers each,
+        transported by projection: no loss, more memory.
+      gradient: "projected" needs one gradient a step. "galerkin" is the loop of the authors, over
+        `local_steps + 1` calls: the first only augments the bases, then `inner` updates the full augmented S with
+        the gradients of the later batches, the bases frozen, and the last truncates. Its factors need a width of
+        twice the rank (`max_rank` of `factorize`).
+      local_steps: coefficient steps of a galerkin loop.
+      retraction: "svd" truncates the augmented S at its best rank. "bug" (basis update and galerkin) keeps the
+        rank and replaces the SVD of size 2r by two QR of 2r x r and an SVD of size r.
+      rank: `tolerance(...)`, `budget(...)`, or None to keep the rank of every kernel.
+      ordinary: transformation for leaves that are not `LowRank`; default `inner`.
+      move_ordinary: whether ordinary leaves also move on the augmenting call of a galerkin loop. In the loop of
+        the authors they do not. If they do, step counters inside `inner` advance on that call too.
+      second_moments: names of the fields in the state of `inner` that hold squares; they are carried by the
+        square-root congruence, all other mirrors linearly.
+
+    Returns:
+      A transformation whose updates are `new - old` for every factor, so that `optax.apply_updates` lands on the
+      manifold. Chain nothing after it that rescales updates. Its `update` needs `params`. With a galerkin gradient it
+      takes an optional extra argument `grad_fn`, a function from parameters to gradients: each call is then a whole
+      loop on one batch. It passes `kernels`, the tree of factored parameters, to `inner` as an extra argument.
+
+    Raises:
+      ValueError: for options that exclude each other; from `init` for kernels that are no valid factorisation or an
+        `inner` whose state cannot be carried; from `update` for missing params or gradients of another structure.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> target = jnp.outer(jnp.arange(6.0), jnp.ones(5))
+      >>> params = {"kernel": lro.lowrank_init(1)(jax.random.key(0), (6, 5))}
+      >>> loss = lambda p: jnp.sum((jnp.eye(6) @ p["kernel"] - target) ** 2)
+      >>> tx = lro.fixed_rank(optax.chain(optax.clip_by_global_norm(10.0), optax.sgd(0.1, momentum=0.5)))
+      >>> state = tx.init(params)
+      >>> for _ in range(60):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(loss(params) < 1e-3)
+      True
+
+    References:
+      Schotthöfer, Klein, Kusch, arXiv:2506.17475, low-rank heavy ball and low-rank Adam. The combinator, tangent
+      momentum and budgets go beyond it.
+    """
+    for name, value, allowed in (
+        ("momentum", momentum, ("coefficient", "tangent")),
+        ("gradient", gradient, ("projected", "galerkin")),
+        ("retraction", retraction, ("svd", "bug")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+    if rank is not None and not isinstance(rank, rank_lib.RankPolicy):
+        raise ValueError(
+            f"rank takes a policy, tolerance(theta) or budget(parameters), or None to keep the rank that factorize "
+            f"chose; got {rank!r}"
+        )
+    if gradient == "galerkin" and momentum == "tangent":
+        raise ValueError(
+            "gradient='galerkin' works in augmented coefficients: use momentum='coefficient' with it, or "
+            "gradient='projected' with momentum='tangent'"
+        )
+    if retraction == "bug" and (rank is not None or gradient == "galerkin"):
+        raise ValueError(
+            "retraction='bug' keeps the rank and needs the tangent gradient: use retraction='svd' with a rank policy "
+            "or with gradient='galerkin'"
+        )
+    if not isinstance(local_steps, int) or local_steps < 1:
+        raise ValueError(
+            f"local_steps must be a Python int of at least 1 (list it in static_args of inject_hyperparams), got "
+            f"{local_steps!r}"
+        )
+    policy = rank_lib.keep() if rank is None else rank
+    galerkin = gradient == "galerkin"
+
+    def method_for(params: Any) -> st.Method:
+        tx = inner
+        if ordinary is not None:
+            labels = jax.tree.map(_label, params, is_leaf=is_lowrank)
+            tx = optax.partition({"kernel": inner, "ordinary": ordinary}, labels)
+        return st.Method(
+            optax.with_extra_args_support(tx),
+            policy,
+            retraction,
+            momentum == "tangent",
+            second_moments,
+        )
+
+    def init(params: Any) -> FixedRankState:
+        check_kernels(params, galerkin)
+        method, split = method_for(params), Split(params)
+        work = _working(params, params)
+        views = split.merge(map(method.view, split.kernels(work)), split.ordinary(params))
+        inner_state = method.inner.init(views)
+        kernels: Any = jnp.zeros((), jnp.int32)
+        if split:
+            check_carries(method.inner, inner_state, views)
+            states = (_kernel_state(W, galerkin) for W in split.kernels(work))
+            kernels = split.merge(states, (None for _ in split.ordinary(params)))
+        zero = jnp.zeros((), jnp.int32)
+        return FixedRankState(inner_state, kernels, zero, zero)
+
+    def update(
+        updates: Any,
+        state: FixedRankState,
+        params: Any = None,
+        *,
+        grad_fn: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, FixedRankState]:
+        check_gradients(updates, params)
+        method, split = method_for(params), Split(params)
+        extra = {**extra_args, "kernels": params}
+        if not split:
+            new_updates, inner_state = method.inner.update(updates, state.inner_state, params, **extra)
+            moved, phase = st.Point(new_updates, state.kernels, inner_state), state.phase
+        else:
+            point = st.Point(_working(params, params), state.kernels, state.inner_state)
+            grads = _working(updates, params)
+            if galerkin and grad_fn is None:
+                moved, phase = _galerkin_call(
+                    method, split, point, grads, extra, state.phase, local_steps, move_ordinary
+                )
+            else:
+                point, grads = st.canonicalize(method, split, point, grads)
+                if galerkin:
+                    at = functools.partial(_gradients_at, grad_fn, params, split)
+                    moved = st.coefficient_step(method, split, point, grads, extra, at, local_steps)
+                else:
+                    step = st.tangent_step if method.tangent else st.coefficient_step
+                    moved = step(method, split, point, grads, extra)
+                phase = state.phase
+        result = _differences(params, moved.params)
+        new_state = FixedRankState(moved.inner_state, moved.kernels, phase, state.notfinite_count)
+        return _unless_finite(updates, params, result, state, new_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _label(x: Any) -> str:
+    return "kernel" if is_lowrank(x) else "ordinary"
+
+
+def _kernel_state(W: LowRank, galerkin: bool) -> st.KernelState:
+    """The rank is the number of non-zero singular values; a zero kernel may use its whole width."""
+    most = W.rank // 2 if galerkin else W.rank
+    count = mf.rank(W)
+    rank = jnp.where(count == 0, most, jnp.minimum(count, most)).astype(jnp.int32)
+    zero = jnp.zeros(W.batch_shape, W.S.dtype)
+    return st.KernelState(rank, zero, zero)
+
+
+def _working(tree: Any, params: Any) -> Any:
+    """`tree` with its kernels flattened and in the working dtype of the parameters."""
+
+    def one(p: Any, x: Any) -> Any:
+        return flatten(x.astype(linalg.working_dtype(p.U, p.S, p.V))) if is_lowrank(p) else x
+
+    return jax.tree.map(one, params, tree, is_leaf=is_lowrank)
+
+
+def _gradients_at(grad_fn: Any, params: Any, split: Split, point: Any) -> Any:
+    """`grad_fn` at flattened kernels: in the axes and dtypes of the user, and back."""
+    pairs = zip(split.kernels(point), split.kernels(params), strict=True)
+    at = split.merge((cast_like(unflatten(W, like), like) for W, like in pairs), split.ordinary(point))
+    grads = grad_fn(at)
+    check_gradients(grads, at)
+    return _working(grads, at)
+
+
+def _galerkin_call(
+    method: st.Method,
+    split: Split,
+    point: st.Point,
+    grads: Any,
+    extra: dict[str, Any],
+    phase: jax.Array,
+    local_steps: int,
+    move_ordinary: bool,
+) -> tuple[st.Point, jax.Array]:
+    """One of the `local_steps + 1` calls of a galerkin loop."""
+
+    def first(point: st.Point, grads: Any) -> st.Point:
+        point, grads = st.canonicalize(method, split, point, grads)
+        return st.augment_step(method, split, point, grads, extra, move_ordinary)
+
+    def later(point: st.Point, grads: Any) -> st.Point:
+        point = st.frozen_step(method, split, point, grads, extra)
+        cut = functools.partial(st.truncate_step, method, split)
+        return jax.lax.cond(phase == local_steps, cut, lambda p: p, point)
+
+    moved = jax.lax.cond(phase == 0, first, later, point, grads)
+    return moved, jnp.where(phase == local_steps, 0, phase + 1).astype(jnp.int32)
+
+
+def _differences(params: Any, moved: Any) -> Any:
+    """new - old for every factor, in its dtype; the updates of ordinary leaves as they are."""
+
+    def one(old: Any, new: Any) -> Any:
+        if not is_lowrank(old):
+            return new
+        new = cast_like(unflatten(new, old), old)
+        return LowRank(new.U - old.U, new.S - old.S, new.V - old.V)
+
+    return jax.tree.map(one, params, moved, is_leaf=is_lowrank)
+
+
+def _finite(x: Any) -> jax.Array:
+    if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+        return jnp.ones((), bool)
+    return jnp.all(jnp.isfinite(x))
+
+
+def _unless_finite(
+    grads: Any, params: Any, updates: Any, old: FixedRankState, new: FixedRankState
+) -> tuple[Any, FixedRankState]:
+    """Zero updates and the old state, one count up, where the step met or made something that is not finite."""
+    checks = [_finite(x) for x in jax.tree.leaves((grads, updates))]
+    # State may hold infinities on purpose (a best value so far); it must not acquire them.
+    checks += [_finite(b) | ~_finite(a) for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)]
+    ok = functools.reduce(jnp.logical_and, checks, jnp.ones((), bool))
+    updates = jax.tree.map(lambda u: jnp.where(ok, u, jnp.zeros_like(u)), updates)
+    kept = jax.tree.map(lambda a, b: jnp.where(ok, b, a), old, new)
+    skipped = optax.safe_increment(old.notfinite_count)
+    return updates, kept._replace(notfinite_count=jnp.where(ok, old.notfinite_count, skipped))

@@ -1,0 +1,297 @@
+"""The steps of the paper on a whole parameter tree: project, update, retract, carry.
+
+In the trees given and returned every kernel is flattened and in the working dtype. A step returns new kernels, and
+at the ordinary leaves the updates of the inner transformation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax import linalg
+from lowrank_optax import manifold as mf
+from lowrank_optax.linalg import transpose
+from lowrank_optax.lowrank import LowRank
+from lowrank_optax.rank import RankPolicy, Spectrum, relative_tail
+from lowrank_optax.transforms.carry import (
+    Change,
+    carry,
+    coefficient_change,
+    gauge_change,
+    keep_kernels,
+    stay,
+    transport_change,
+)
+from lowrank_optax.transforms.split import Split
+
+
+class KernelState(NamedTuple):
+    """What the optimizer keeps of one kernel, all of shape `(batch...)`.
+
+    Attributes:
+      rank: the rank kept by the last truncation, int32.
+      gradient_norm: |P(W)G|_F when the bases last moved.
+      truncation: relative Frobenius norm of what the last truncation discarded.
+    """
+
+    rank: jax.Array
+    gradient_norm: jax.Array
+    truncation: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """The options of `fixed_rank` that a step needs."""
+
+    inner: optax.GradientTransformationExtraArgs
+    policy: RankPolicy
+    retraction: str
+    tangent: bool
+    second_moments: tuple[str, ...]
+
+    def carry(self, state: Any, changes: Any) -> Any:
+        """The inner state in new bases."""
+        return carry(self.inner, state, changes, self.second_moments)
+
+    def view(self, W: LowRank) -> Any:
+        """What the inner transformation sees of a kernel: W as a coefficient matrix or as a tangent vector."""
+        return LowRank(jnp.zeros_like(W.U), W.S, jnp.zeros_like(W.V)) if self.tangent else W.S
+
+
+class Point(NamedTuple):
+    """Where a step starts and ends.
+
+    Attributes:
+      params: parameters; after a step new kernels, and updates at the ordinary leaves.
+      kernels: a tree with a `KernelState` at every kernel.
+      inner_state: state of the inner transformation.
+    """
+
+    params: Any
+    kernels: Any
+    inner_state: Any
+
+
+def _changes(split: Split, kernels: Iterable[Change]) -> Any:
+    """A tree of changes for `carry`."""
+    return split.merge(kernels, itertools.repeat(stay))
+
+
+def canonicalize(method: Method, split: Split, point: Point, grads: Any) -> tuple[Point, Any]:
+    """Brings kernels, gradients and moments to the canonical gauge, where they usually are already."""
+    ok = jnp.all(jnp.stack([mf.is_canonical(W) for W in split.kernels(point.params)]))
+
+    def turn(point: Point, grads: Any) -> tuple[Point, Any]:
+        Ws = split.kernels(point.params)
+        gauges = [mf.gauge(W) for W in Ws]
+        turned = [
+            LowRank(W.U @ p, linalg.diagonal(sigma), W.V @ q) for W, (p, sigma, q) in zip(Ws, gauges, strict=True)
+        ]
+        gs = [mf.rotate(g, p, q) for g, (p, _, q) in zip(split.kernels(grads), gauges, strict=True)]
+        changes = _changes(split, (gauge_change(method.tangent, p, q) for p, _, q in gauges))
+        inner_state = method.carry(point.inner_state, changes)
+        params = split.merge(turned, split.ordinary(point.params))
+        return Point(params, point.kernels, inner_state), split.merge(gs, split.ordinary(grads))
+
+    return jax.lax.cond(ok, lambda *same: same, turn, point, grads)
+
+
+def _project(W: LowRank, g: LowRank, k: KernelState) -> LowRank:
+    return mf.project(W, g, linalg.leading(k.rank, W.rank))
+
+
+def _finish(
+    method: Method,
+    Ws: list[LowRank],
+    frames: list[mf.Frame],
+    ys: list[jax.Array],
+    ks: list[KernelState],
+    norms: list[jax.Array],
+) -> tuple[list[LowRank], list[KernelState], list[Change]]:
+    """Retracts the coefficients y, chooses all ranks together, truncates; with the changes from the frames."""
+
+    def retract(W: LowRank, frame: mf.Frame, y: jax.Array, k: KernelState) -> mf.Retraction:
+        if method.retraction == "bug":
+            return mf.retract_bug(y, frame, linalg.leading(k.rank, W.rank))
+        return mf.retract_svd(y, W.rank)
+
+    tries = [mf.align(retract(W, frame, y, k), frame.left) for W, frame, y, k in zip(Ws, frames, ys, ks, strict=True)]
+    spectra = [
+        Spectrum(t.spectrum, k.rank, W.rank, (W.U.shape[-2], W.V.shape[-2]))
+        for W, t, k in zip(Ws, tries, ks, strict=True)
+    ]
+    new, states, changes = [], [], []
+    for W, frame, t, rank, norm in zip(Ws, frames, tries, method.policy.choose(spectra), norms, strict=True):
+        rank = jnp.minimum(rank, W.rank).astype(jnp.int32)
+        kept = linalg.leading(rank, W.rank)[..., None, :]
+        new.append(mf.assemble(frame, t, rank))
+        states.append(KernelState(rank, norm, relative_tail(t.spectrum, rank)))
+        left, right = (transpose(jnp.where(kept, x, 0.0)) for x in (t.left, t.right))
+        changes.append(coefficient_change(left, right))
+    return new, states, changes
+
+
+def coefficient_step(
+    method: Method,
+    split: Split,
+    point: Point,
+    grads: Any,
+    extra: dict[str, Any],
+    grad_fn: Callable[[Any], Any] | None = None,
+    local_steps: int = 1,
+) -> Point:
+    """One whole step with moments in r x r coefficients: augment, carry, update, truncate, carry back.
+
+    Args:
+      method: options.
+      split: places of the kernels.
+      point: parameters in the canonical gauge.
+      grads: gradients of the factors and of ordinary leaves.
+      extra: extra arguments for the inner transformation.
+      grad_fn: None for one update with the projected gradient. Otherwise gradients at flattened parameters, for
+        `local_steps` updates with the galerkin gradient in the augmented bases.
+      local_steps: see `grad_fn`.
+    """
+    Ws, ks = split.kernels(point.params), split.kernels(point.kernels)
+    xis = [_project(W, g, k) for W, g, k in zip(Ws, split.kernels(grads), ks, strict=True)]
+    frames = [
+        mf.augment(W, xi, k.rank, None if grad_fn is None else 2 * W.rank) for W, xi, k in zip(Ws, xis, ks, strict=True)
+    ]
+    S = [mf.congruence(W.S, f.left, f.right) for W, f in zip(Ws, frames, strict=True)]
+    open_changes = (coefficient_change(f.left, f.right) for f in frames)
+    inner_state = method.carry(point.inner_state, _changes(split, open_changes))
+    ordinary = split.ordinary(point.params)
+
+    if grad_fn is None:
+        gs = [mf.coefficients(f, xi) for f, xi in zip(frames, xis, strict=True)]
+        steps, inner_state = method.inner.update(
+            split.merge(gs, split.ordinary(grads)), inner_state, split.merge(S, ordinary), **extra
+        )
+        ys = [s + d for s, d in zip(S, split.kernels(steps), strict=True)]
+        updates = split.ordinary(steps)
+    else:
+        augmented = (LowRank(f.U, s, f.V) for f, s in zip(frames, S, strict=True))
+        now = Point(split.merge(augmented, ordinary), point.kernels, inner_state)
+        for _ in range(local_steps):
+            moved = frozen_step(method, split, now, grad_fn(now.params), extra)
+            rest = optax.apply_updates(split.ordinary(now.params), split.ordinary(moved.params))
+            now = moved._replace(params=split.merge(split.kernels(moved.params), rest))
+        ys, inner_state = [W.S for W in split.kernels(now.params)], now.inner_state
+        end = split.ordinary(now.params)
+        updates = [b - a for a, b in zip(ordinary, end, strict=True)]
+
+    norms = [jnp.sqrt(mf.inner(xi, xi)) for xi in xis]
+    new, states, changes = _finish(method, Ws, frames, ys, ks, norms)
+    return Point(
+        split.merge(new, updates),
+        split.merge(states, itertools.repeat(None)),
+        method.carry(inner_state, _changes(split, changes)),
+    )
+
+
+def tangent_step(method: Method, split: Split, point: Point, grads: Any, extra: dict[str, Any]) -> Point:
+    """One whole step with moments that are tangent vectors: nothing that leaves the bases is lost."""
+    Ws, ks = split.kernels(point.params), split.kernels(point.kernels)
+    xis = [_project(W, g, k) for W, g, k in zip(Ws, split.kernels(grads), ks, strict=True)]
+    steps, inner_state = method.inner.update(
+        split.merge(xis, split.ordinary(grads)),
+        point.inner_state,
+        split.merge((method.view(W) for W in Ws), split.ordinary(point.params)),
+        **extra,
+    )
+    directions = [
+        mf.make_horizontal(W, d, linalg.leading(k.rank, W.rank))
+        for W, d, k in zip(Ws, split.kernels(steps), ks, strict=True)
+    ]
+    frames = [mf.augment(W, d, k.rank) for W, d, k in zip(Ws, directions, ks, strict=True)]
+    ys = [
+        mf.congruence(W.S, f.left, f.right) + mf.coefficients(f, d)
+        for W, f, d in zip(Ws, frames, directions, strict=True)
+    ]
+    norms = [jnp.sqrt(mf.inner(xi, xi)) for xi in xis]
+    new, states, _ = _finish(method, Ws, frames, ys, ks, norms)
+    changes = (
+        transport_change(W, moved, linalg.leading(k.rank, W.rank)) for W, moved, k in zip(Ws, new, states, strict=True)
+    )
+    return Point(
+        split.merge(new, split.ordinary(steps)),
+        split.merge(states, itertools.repeat(None)),
+        method.carry(inner_state, _changes(split, changes)),
+    )
+
+
+def augment_step(
+    method: Method,
+    split: Split,
+    point: Point,
+    grads: Any,
+    extra: dict[str, Any],
+    move_ordinary: bool,
+) -> Point:
+    """The first batch of a galerkin loop: bases grow within the width of the factors, W stays."""
+    inner_state = point.inner_state
+    updates = [jnp.zeros_like(x) for x in split.ordinary(point.params)]
+    Ws, ks = split.kernels(point.params), split.kernels(point.kernels)
+    if move_ordinary:
+        steps, after = method.inner.update(
+            split.merge((jnp.zeros_like(W.S) for W in Ws), split.ordinary(grads)),
+            inner_state,
+            split.merge((W.S for W in Ws), split.ordinary(point.params)),
+            **extra,
+        )
+        places = split.merge((True for _ in Ws), itertools.repeat(False))
+        inner_state = keep_kernels(method.inner, inner_state, after, places)
+        updates = split.ordinary(steps)
+
+    new, states, changes = [], [], []
+    for W, g, k in zip(Ws, split.kernels(grads), ks, strict=True):
+        xi = _project(W, g, k)
+        frame = mf.augment(W, xi, k.rank, W.rank)
+        new.append(LowRank(frame.U, mf.congruence(W.S, frame.left, frame.right), frame.V))
+        states.append(k._replace(gradient_norm=jnp.sqrt(mf.inner(xi, xi))))
+        changes.append(coefficient_change(frame.left, frame.right))
+    return Point(
+        split.merge(new, updates),
+        split.merge(states, itertools.repeat(None)),
+        method.carry(inner_state, _changes(split, changes)),
+    )
+
+
+def frozen_step(method: Method, split: Split, point: Point, grads: Any, extra: dict[str, Any]) -> Point:
+    """A later batch of a galerkin loop: the inner update on S, U and V frozen."""
+    Ws = split.kernels(point.params)
+    blocks = [mf.augmented_block(W.S, k.rank) for W, k in zip(Ws, split.kernels(point.kernels), strict=True)]
+    gs = [jnp.where(b, g.S, 0.0) for b, g in zip(blocks, split.kernels(grads), strict=True)]
+    steps, inner_state = method.inner.update(
+        split.merge(gs, split.ordinary(grads)),
+        point.inner_state,
+        split.merge((W.S for W in Ws), split.ordinary(point.params)),
+        **extra,
+    )
+    new = [
+        LowRank(W.U, W.S + jnp.where(b, d, 0.0), W.V) for W, b, d in zip(Ws, blocks, split.kernels(steps), strict=True)
+    ]
+    return Point(split.merge(new, split.ordinary(steps)), point.kernels, inner_state)
+
+
+def truncate_step(method: Method, split: Split, point: Point) -> Point:
+    """The end of a galerkin loop: S and the moments are truncated to the new rank."""
+    Ws, ks = split.kernels(point.params), split.kernels(point.kernels)
+    frames = []
+    for W in Ws:
+        eye = jnp.broadcast_to(jnp.eye(W.rank, dtype=W.S.dtype), W.S.shape)
+        frames.append(mf.Frame(W.U, W.V, eye, eye, eye, eye))
+    norms = [k.gradient_norm for k in ks]
+    new, states, changes = _finish(method, Ws, frames, [W.S for W in Ws], ks, norms)
+    return Point(
+        split.merge(new, split.ordinary(point.params)),
+        split.merge(states, itertools.repeat(None)),
+        method.carry(point.inner_state, _changes(split, changes)),
+    )
