@@ -92,7 +92,7 @@ def _split(name: str, shape: tuple[int, ...], where: Where | None, rank: Rank) -
             f"{name!r} has shape {shape}: a kernel has at least one input and one output axis; "
             "let `where` return False for it"
         )
-    axes = _default_axes(name, shape) if chosen is True else Axes(*chosen)  # type: ignore[misc]
+    axes = _default_axes(name, shape) if chosen is True else Axes(*chosen)
     if axes.batch < 0 or axes.inputs < 1 or axes.batch + axes.inputs >= len(shape):
         raise ValueError(f"{axes} leaves no input or no output axis in {name!r} of shape {shape}")
     return axes

@@ -112,7 +112,8 @@ def make_horizontal(W: LowRank, xi: LowRank, active: jax.Array) -> LowRank:
 
 def inner(x: LowRank, y: LowRank) -> jax.Array:
     """The inner product of two tangent triples, which is that of the matrices, `(batch...)`."""
-    return sum(jnp.sum(a * b, axis=(-2, -1)) for a, b in ((x.U, y.U), (x.S, y.S), (x.V, y.V)))
+    u, s, v = (jnp.sum(a * b, axis=(-2, -1)) for a, b in ((x.U, y.U), (x.S, y.S), (x.V, y.V)))
+    return u + s + v
 
 
 class Frame(NamedTuple):

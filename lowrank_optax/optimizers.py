@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from lowrank_optax import linalg
 from lowrank_optax.lowrank import LowRank, flatten, is_lowrank, unflatten
 from lowrank_optax.transforms import fixed_rank
 
-ScalarOrSchedule = optax.ScalarOrSchedule
+ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
 Mask = Any | Callable[[optax.Params], Any] | None
 
 
@@ -26,7 +26,7 @@ def lowrank_heavy_ball(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     accumulator_dtype: Any = None,
-    momentum_space: str = "coefficient",
+    momentum_space: Literal["coefficient", "tangent"] = "coefficient",
     **geometry: Any,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Low-rank heavy ball: stochastic gradient descent with momentum on the fixed-rank manifold.
@@ -61,7 +61,7 @@ def lowrank_heavy_ball(
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return fixed_rank(inner, momentum=momentum_space, **geometry)  # type: ignore[arg-type]
+    return fixed_rank(inner, momentum=momentum_space, **geometry)
 
 
 def lowrank_adam(

@@ -124,10 +124,8 @@ def _plan(name: str, W: LowRank, rank: Rank | None) -> _Move:
     sigma = jnp.diagonal(F.S, axis1=-2, axis2=-1)
     if not mf.is_canonical(F):
         p, sigma, q = mf.gauge(F)
-    if rank is None:
-        width = max(1, int(jnp.max(mf.rank(F))))
-    else:
-        width = min(limit, rank_number(rank, name, W.shape, limit))
+    active = max(1, int(jnp.max(mf.rank(F))))
+    width = active if rank is None else min(limit, rank_number(rank, name, W.shape, limit))
     return _Move(W, sigma, p, q, width)
 
 

@@ -3,6 +3,6 @@
 from lowrank_optax.transforms.chainable import project_to_tangent as project_to_tangent
 from lowrank_optax.transforms.chainable import retract as retract
 from lowrank_optax.transforms.chainable import tangent_norm as tangent_norm
-from lowrank_optax.transforms.fixed_rank import FixedRankState as FixedRankState
-from lowrank_optax.transforms.fixed_rank import fixed_rank as fixed_rank
+from lowrank_optax.transforms.combinator import FixedRankState as FixedRankState
+from lowrank_optax.transforms.combinator import fixed_rank as fixed_rank
 from lowrank_optax.transforms.steps import KernelState as KernelState

@@ -74,7 +74,8 @@ def check_gradients(grads: Any, params: Any) -> None:
             "fixed_rank moves kernels along a manifold and needs to know where they are: call "
             "tx.update(grads, state, params)"
         )
-    given, expected = jax.tree.structure(grads), jax.tree.structure(params)
+    given: Any = jax.tree.structure(grads)
+    expected: Any = jax.tree.structure(params)
     if given != expected:
         raise ValueError(
             "the gradients have another structure than the parameters: differentiate the loss with respect to the "

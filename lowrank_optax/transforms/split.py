@@ -21,7 +21,9 @@ class Split:
     """
 
     def __init__(self, params: Any):
-        leaves, self._treedef = jax.tree.flatten(params, is_leaf=is_lowrank)
+        treedef: Any
+        leaves, treedef = jax.tree.flatten(params, is_leaf=is_lowrank)
+        self._treedef = treedef
         self._is_kernel = [is_lowrank(leaf) for leaf in leaves]
 
     def __bool__(self) -> bool:

@@ -1,0 +1,46 @@
+"""Masks by path that end at kernels, not at their factors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from lowrank_optax.factorize import path_name
+from lowrank_optax.lowrank import is_lowrank
+
+
+def path_mask(chosen: str | Callable[[str], bool]) -> Callable[[Any], Any]:
+    """A mask for Optax that says yes or no once for every kernel, factored or not.
+
+    Leaves of a factored kernel are called `kernel/U`, which patterns such as `.*/kernel$` miss. Here the
+    path of a `LowRank` node is that of the kernel, and the node gets one bool: a prefix tree, which
+    `optax.masked`, `optax.adamw(mask=...)` and the labels of `optax.partition` accept. Inside `fixed_rank` the
+    inner optimizer sees one matrix of coefficients at this path (momentum="coefficient") or a LowRank node
+    (momentum="tangent"), so choose by path, not by shape.
+
+    Args:
+      chosen: regular expression searched in the path (`"block/dense/kernel"`), or predicate of the path.
+
+    Returns:
+      Callable `params -> tree of bools`.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> params = {"dense": {"kernel": lro.factorize(jnp.eye(4), 2), "bias": jnp.zeros(4)}}
+      >>> lro.linen.path_mask(r"kernel$")(params)
+      {'dense': {'bias': False, 'kernel': True}}
+    """
+    pattern = re.compile(chosen) if isinstance(chosen, str) else None
+
+    def decide(path: str) -> bool:
+        return bool(pattern.search(path) if pattern else chosen(path))  # type: ignore[operator]
+
+    def mask(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: decide(path_name(path)), params, is_leaf=is_lowrank
+        )
+
+    return mask

@@ -1,0 +1,81 @@
+"""`apply`: an unmodified Flax model whose kernels are factored."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+from flax import errors
+from flax.core import meta
+
+from lowrank_optax.linen.stock import forward, kernel_axes, running
+from lowrank_optax.lowrank import LowRank, is_lowrank
+
+
+@dataclasses.dataclass(frozen=True)
+class apply:
+    r"""`model.apply` for parameters that hold `LowRank` kernels, :math:`y = ((x U) S) V^\top + b`.
+
+    The model stays as it is. Where an `nn.Dense`, `nn.DenseGeneral`, `nn.Conv` or `nn.ConvTranspose`
+    finds a `LowRank` kernel, at any depth of `nn.scan`, `nn.vmap`, `nn.remat` or attention, the layer
+    runs on the factors; every other layer runs as always. Two routes of equal models are equal, so
+    train states that hold them have one tree structure.
+
+    Args:
+      model: a linen module.
+
+    Returns:
+      Callable with the signature of `model.apply`: `(variables, *args, rngs=..., method=..., mutable=...)`.
+
+    Raises:
+      TypeError: on call, if a `LowRank` kernel sits in a module that cannot run on factors.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> model, x = nn.Dense(6), jnp.ones((2, 8))
+      >>> params = lro.factorize(model.init(jax.random.key(0), x)["params"], rank=3)
+      >>> lro.linen.apply(model)({"params": params}, x).shape
+      (2, 6)
+    """
+
+    model: nn.Module
+
+    def __call__(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        with nn.intercept_methods(_intercept):
+            return self.model.apply(variables, *args, **kwargs)
+
+
+def _intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    """Runs a stock layer with a factored kernel by `forward`, anything else unchanged."""
+    module = context.module
+    factored = _factored(module)
+    if not factored:
+        return next_fun(*args, **kwargs)
+    layer = running(context)
+    if layer is not None and set(factored) == {"kernel"} and kernel_axes(layer) is not None:
+        bias = meta.unbox(module.get_variable("params", "bias")) if module.use_bias else None  # type: ignore[attr-defined]
+        return forward(layer, *args, **kwargs, kernel=factored["kernel"], bias=bias)
+    try:
+        return next_fun(*args, **kwargs)  # A module may be written for LowRank parameters.
+    except (errors.ScopeParamShapeError, TypeError) as e:
+        names = ["/".join((*module.path, name)) for name in factored]
+        raise TypeError(
+            f"{type(module).__name__} cannot run with a LowRank parameter at {names}: factors run in Dense, "
+            "DenseGeneral, Conv and ConvTranspose without groups, mask, transpose_kernel or *_cls hooks. "
+            "Leave it dense: lowrank_optax.factorize(..., where=lowrank_optax.linen.kernels(model, *inputs)), "
+            "or a `where` that returns False for it"
+        ) from e
+
+
+def _factored(module: nn.Module) -> dict[str, LowRank]:
+    """The LowRank parameters that belong to this very module."""
+    if module.scope is None:
+        return {}
+    params = module.scope.variables().get("params", {})
+    # Partitioned.unbox would constrain each factor by the names of the dense axes; take the content.
+    content = {
+        name: getattr(leaf, "value", leaf) if isinstance(leaf, meta.AxisMetadata) else leaf
+        for name, leaf in params.items()
+    }
+    return {name: leaf for name, leaf in content.items() if is_lowrank(leaf)}
