@@ -147,9 +147,6 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, Session]:
 
 def _default_folder(name: str, resume: bool) -> Path:
     """The first free one of runs/name, runs/name-2, ...; to resume, the last one taken."""
-    folder, last = Path("runs", name), Path("runs", name)
-    for number in itertools.count(2):
-        if not (folder / "config.json").exists():
-            return last if resume else folder
-        last, folder = folder, Path("runs", f"{name}-{number}")
-    raise AssertionError
+    folders = [Path("runs", name + suffix) for suffix in ("", *(f"-{i}" for i in range(2, 1000)))]
+    taken = list(itertools.takewhile(lambda folder: (folder / "config.json").exists(), folders))
+    return folders[max(len(taken) - 1, 0) if resume else len(taken)]

@@ -134,10 +134,11 @@ def optimizer(method: Method, learning_rate: float, settings: Settings) -> Trans
 
 def mean_rank(params: Params) -> float:
     """Mean rank of the block kernels: the active one if low-rank, else the largest possible."""
-    ranks = [np.asarray(r, float).mean() for r in lro.ranks(params).values()]
-    if not ranks:
-        ranks = _kernel_widths(params)
-    return float(np.mean(ranks))
+    ranks = [np.asarray(r, float).mean() for r in _ranks(params).values()]
+    return float(np.mean(ranks or _kernel_widths(params)))
+
+
+_ranks = jax.jit(lro.ranks)  # its small operations take seconds to compile one by one
 
 
 def _kernel_widths(params: Params) -> list[int]:

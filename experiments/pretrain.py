@@ -40,13 +40,14 @@ def create_state(config: Config, name: str, learning_rate: float) -> TrainState:
     method, model = METHODS[name], gpt.GPT(config.model)
     key = jax.random.key(config.seed)
     tokens = jnp.zeros((1, config.context), jnp.int32)
-    dense = model.init(key, tokens)["params"]
+    dense = jax.jit(model.init)(key, tokens)["params"]
     state = TrainState.create(
         apply_fn=method.apply(model),
         params=method.factor(dense, config.rank, jax.random.fold_in(key, 1)),
         tx=optimizer(method, learning_rate, config.settings),
     )
-    return state.replace(step=jnp.zeros((), jnp.int32))  # Flax's Python 0 would compile twice
+    state = state.replace(step=jnp.zeros((), jnp.int32))  # Flax's Python 0 would compile twice
+    return jax.tree.map(jnp.array, state)  # a buffer that is donated may occur only once
 
 
 def loss_fn(apply_fn: Callable[..., Any], params: Any, windows: jax.Array) -> jax.Array:
@@ -95,6 +96,7 @@ def train(config: Config, session: Session, name: str, corpus: text.Corpus) -> b
     state = create_state(config, name, learning_rate)
     validation = text.validation_windows(corpus, config.eval_windows, config.context)
     header = {
+        **dataclasses.asdict(config),
         "method": name,
         "learning_rate": learning_rate,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -102,7 +104,6 @@ def train(config: Config, session: Session, name: str, corpus: text.Corpus) -> b
         "corpus": corpus.name,
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
-        **dataclasses.asdict(config),
     }
 
     folder = (session.out / "checkpoints" / name).absolute()
@@ -131,9 +132,11 @@ def train(config: Config, session: Session, name: str, corpus: text.Corpus) -> b
 
                 log = step % config.log_every == 0 or step == config.steps
                 if log:
+                    jax.block_until_ready(state)
+                    now = time.perf_counter()
                     record = {"step": step, "loss": float(loss), "rank": mean_rank(state.params)}
                     if clock is not None:
-                        seconds = (time.perf_counter() - clock) / (step - since)
+                        seconds = (now - clock) / (step - since)
                         record["step_ms"] = 1e3 * seconds
                         record["tokens_per_s"] = config.batch * config.context / seconds
                     metrics.write(**record)

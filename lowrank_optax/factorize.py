@@ -37,8 +37,9 @@ _ATTENTION = {"query": Axes(0, 1), "key": Axes(0, 1), "value": Axes(0, 1), "out"
 
 def path_name(path: Any) -> str:
     """The name of a leaf, `"block/dense/kernel"`; the wrapper that nnx puts around values is left out."""
-    parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
-    return "/".join(part for part in parts if part not in ("value", "raw_value"))
+    wrappers = [jax.tree_util.GetAttrKey("value"), jax.tree_util.GetAttrKey("raw_value")]
+    keys = [k for k in path if k not in wrappers]
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
 
 
 def _default_axes(name: str, shape: tuple[int, ...]) -> Axes:

@@ -7,6 +7,8 @@ counterparts have no half-precision kernels.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,9 +20,34 @@ def working_dtype(*arrays: Any) -> jnp.dtype:
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every value of a tree is finite; a tree without floating leaves is."""
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in leaves], jnp.ones((), bool))
+
+
 def transpose(x: jax.Array) -> jax.Array:
     """Swaps the two matrix axes."""
     return jnp.swapaxes(x, -1, -2)
+
+
+def _each_matrix(f: Callable[[jax.Array], tuple[jax.Array, ...]], x: jax.Array) -> tuple[jax.Array, ...]:
+    """A decomposition of every matrix of a batch: one batched call, on CPU one call after the other.
+
+    A batched LAPACK call of jaxlib hands its matrices to the thread pool it runs on and waits for them. When as many
+    such calls run at once as the pool has threads (two, on two cores), all wait and the program hangs: seen with
+    jaxlib 0.10.2.
+    """
+    batch = x.shape[:-2]
+
+    def sequential(x: jax.Array) -> tuple[jax.Array, ...]:
+        one = jax.custom_batching.sequential_vmap(f)
+        if not batch:
+            return one(x)
+        flat = jax.lax.map(one, x.reshape(-1, *x.shape[-2:]))
+        return tuple(y.reshape(*batch, *y.shape[1:]) for y in flat)
+
+    return jax.lax.platform_dependent(x, cpu=sequential, default=f)
 
 
 def orthonormalize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -37,7 +64,7 @@ def orthonormalize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     Returns:
       Q of shape `(..., m, min(m, k))` and R of shape `(..., min(m, k), k)`.
     """
-    q, r = jnp.linalg.qr(x, mode="reduced")
+    q, r = _each_matrix(lambda y: tuple(jnp.linalg.qr(y, mode="reduced")), x)
     return q, r
 
 
@@ -50,7 +77,7 @@ def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     Returns:
       P `(..., k, min(k, l))`, sigma `(..., min(k, l))` descending, Q `(..., l, min(k, l))`.
     """
-    p, sigma, qt = jnp.linalg.svd(x, full_matrices=False)
+    p, sigma, qt = _each_matrix(lambda y: tuple(jnp.linalg.svd(y, full_matrices=False)), x)
     return p, sigma, transpose(qt)
 
 

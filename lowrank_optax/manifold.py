@@ -70,6 +70,16 @@ def rotate_tangent(xi: LowRank, p: jax.Array, q: jax.Array) -> LowRank:
     return LowRank(xi.U @ q, transpose(p) @ xi.S @ q, xi.V @ p)
 
 
+def rotate_tangent_squared(x: LowRank, p: jax.Array, q: jax.Array) -> LowRank:
+    """Second moments of a triple for the bases U P and V Q, by the square-root congruence, block by block.
+
+    The rows of U_p and V_p are those of the kernel and stay; their columns, and both sides of M, turn.
+    """
+    root = LowRank(*(jnp.sqrt(jnp.maximum(y, 0.0)) for y in (x.U, x.S, x.V)))
+    turned = rotate_tangent(root, p, q)
+    return LowRank(jnp.square(turned.U), jnp.square(turned.S), jnp.square(turned.V))
+
+
 def project(W: LowRank, grads: LowRank, active: jax.Array) -> LowRank:
     r"""Projects the gradient onto the tangent space, given the gradients of the factors.
 
@@ -288,14 +298,7 @@ def transport(xi: LowRank, old: LowRank, new: LowRank, active: jax.Array) -> Low
 
 
 def transport_squared(x: LowRank, old: LowRank, new: LowRank, active: jax.Array) -> LowRank:
-    r"""Carries second moments of the triple by the square-root congruence, block by block.
-
-    The rows of U_p and V_p are those of the kernel and stay; their columns, and both sides of M, turn with
-    the bases: :math:`(\sqrt{x_U}\, Q)^{\circ 2}`, :math:`(P^\top \sqrt{x_M}\, Q)^{\circ 2}`,
-    :math:`(\sqrt{x_V}\, P)^{\circ 2}` with :math:`P = U^\top U'`, :math:`Q = V^\top V'`.
-    """
+    """Carries second moments of the triple: `rotate_tangent_squared` with P = U^T U' and Q = V^T V'."""
     p = transpose(old.U) @ jnp.where(active[..., None, :], new.U, 0.0)
     q = transpose(old.V) @ jnp.where(active[..., None, :], new.V, 0.0)
-    root = LowRank(*(jnp.sqrt(jnp.maximum(y, 0.0)) for y in (x.U, x.S, x.V)))
-    turned = rotate_tangent(root, p, q)
-    return LowRank(jnp.square(turned.U), jnp.square(turned.S), jnp.square(turned.V))
+    return rotate_tangent_squared(x, p, q)

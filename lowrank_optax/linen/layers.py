@@ -22,21 +22,19 @@ class _LowRankLayer(nn.Module):
     stock: ClassVar[Any]
 
     def _base_init(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        return self.kernel_init(key, shape, dtype)  # type: ignore[attr-defined, no-any-return]
+        return self.kernel_init(key, shape, dtype)
 
     @nn.compact
     def __call__(self, inputs: Any) -> jax.Array:
         layer: Any = detach(self.stock, self, kernel_init=nn.initializers.zeros)
         shapes = jax.eval_shape(layer.init, jax.random.key(0), inputs)["params"]
         own: Any = self
-        init = lowrank_init(
-            own.rank, self._base_init, max_rank=own.max_rank, axes=kernel_axes(layer)
-        )
+        init = lowrank_init(own.rank, self._base_init, max_rank=own.max_rank, axes=kernel_axes(layer))
         kernel = self.param("kernel", init, shapes["kernel"].shape, own.param_dtype)
         bias = None
         if own.use_bias:
             bias = self.param("bias", own.bias_init, shapes["bias"].shape, own.param_dtype)
-        return forward(layer, inputs, kernel, bias)
+        return forward(layer, kernel, bias, inputs)
 
 
 class LowRankDense(_LowRankLayer):
@@ -111,7 +109,7 @@ class LowRankDenseGeneral(_LowRankLayer):
 
     def _base_init(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         n = math.prod(self.features) if isinstance(self.features, Sequence) else self.features
-        return self.kernel_init(key, (math.prod(shape) // n, n), dtype)  # type: ignore[no-any-return]
+        return self.kernel_init(key, (math.prod(shape) // n, n), dtype)
 
 
 class LowRankConv(_LowRankLayer):

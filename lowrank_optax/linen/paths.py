@@ -39,8 +39,6 @@ def path_mask(chosen: str | Callable[[str], bool]) -> Callable[[Any], Any]:
         return bool(pattern.search(path) if pattern else chosen(path))  # type: ignore[operator]
 
     def mask(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: decide(path_name(path)), params, is_leaf=is_lowrank
-        )
+        return jax.tree_util.tree_map_with_path(lambda path, _: decide(path_name(path)), params, is_leaf=is_lowrank)
 
     return mask

@@ -13,14 +13,13 @@ from lowrank_optax.linen.stock import forward, kernel_axes, running
 from lowrank_optax.lowrank import LowRank, is_lowrank
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class apply:
     r"""`model.apply` for parameters that hold `LowRank` kernels, :math:`y = ((x U) S) V^\top + b`.
 
     The model stays as it is. Where an `nn.Dense`, `nn.DenseGeneral`, `nn.Conv` or `nn.ConvTranspose`
     finds a `LowRank` kernel, at any depth of `nn.scan`, `nn.vmap`, `nn.remat` or attention, the layer
-    runs on the factors; every other layer runs as always. Two routes of equal models are equal, so
-    train states that hold them have one tree structure.
+    runs on the factors; every other layer runs as always.
 
     Args:
       model: a linen module.
@@ -41,6 +40,14 @@ class apply:
 
     model: nn.Module
 
+    # Equal like the bound method `model.apply`: train states of one model have one tree structure, and models
+    # with arrays among their fields, which have no hash, work too.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, apply) and self.model is other.model
+
+    def __hash__(self) -> int:
+        return hash((apply, id(self.model)))
+
     def __call__(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         with nn.intercept_methods(_intercept):
             return self.model.apply(variables, *args, **kwargs)
@@ -48,17 +55,17 @@ class apply:
 
 def _intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
     """Runs a stock layer with a factored kernel by `forward`, anything else unchanged."""
-    module = context.module
+    module: Any = context.module
     factored = _factored(module)
     if not factored:
         return next_fun(*args, **kwargs)
     layer = running(context)
     if layer is not None and set(factored) == {"kernel"} and kernel_axes(layer) is not None:
-        bias = meta.unbox(module.get_variable("params", "bias")) if module.use_bias else None  # type: ignore[attr-defined]
-        return forward(layer, *args, **kwargs, kernel=factored["kernel"], bias=bias)
+        bias = meta.unbox(module.get_variable("params", "bias")) if module.use_bias else None
+        return forward(layer, factored["kernel"], bias, *args, **kwargs)
     try:
         return next_fun(*args, **kwargs)  # A module may be written for LowRank parameters.
-    except (errors.ScopeParamShapeError, TypeError) as e:
+    except (errors.ScopeParamShapeError, TypeError, ValueError) as e:
         names = ["/".join((*module.path, name)) for name in factored]
         raise TypeError(
             f"{type(module).__name__} cannot run with a LowRank parameter at {names}: factors run in Dense, "
@@ -74,7 +81,7 @@ def _factored(module: nn.Module) -> dict[str, LowRank]:
         return {}
     params = module.scope.variables().get("params", {})
     # Partitioned.unbox would constrain each factor by the names of the dense axes; take the content.
-    content = {
+    content: dict[str, Any] = {
         name: getattr(leaf, "value", leaf) if isinstance(leaf, meta.AxisMetadata) else leaf
         for name, leaf in params.items()
     }

@@ -18,14 +18,9 @@ def _to_state_dict(W: LowRank) -> dict[str, Any]:
 def _from_state_dict(W: LowRank, state: dict[str, Any]) -> LowRank:
     if set(state) != set(_FACTORS):
         raise ValueError(
-            f"a LowRank kernel is restored from {_FACTORS}, got {sorted(state)} "
-            f"at {serialization.current_path()}"
+            f"a LowRank kernel is restored from {_FACTORS}, got {sorted(state)} at {serialization.current_path()}"
         )
-    return LowRank(
-        *(serialization.from_state_dict(getattr(W, k), state[k], name=k) for k in _FACTORS)
-    )
+    return LowRank(*(serialization.from_state_dict(getattr(W, k), state[k], name=k) for k in _FACTORS))
 
 
-serialization.register_serialization_state(
-    LowRank, _to_state_dict, _from_state_dict, override=True
-)
+serialization.register_serialization_state(LowRank, _to_state_dict, _from_state_dict, override=True)

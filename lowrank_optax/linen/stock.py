@@ -14,10 +14,7 @@ from lowrank_optax.lowrank import LowRank
 
 # Keyed by the forward function rather than by the class: a subclass that wraps `super().__call__` (and
 # every class that nn.remat, nn.scan or nn.vmap makes) still reaches this one function.
-_FORWARD = {
-    inspect.unwrap(layer.__call__): layer
-    for layer in (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose)
-}
+_FORWARD = {inspect.unwrap(layer.__call__): layer for layer in (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose)}
 
 # Hooks that create variables of their own (fp8) and therefore do not run on a detached layer.
 _VARIABLE_HOOKS = ("dot_general_cls", "conv_general_dilated_cls")
@@ -32,7 +29,7 @@ def detach(layer: type[nn.Module], module: nn.Module, **changes: Any) -> nn.Modu
 
 def running(context: nn.module.InterceptorContext) -> nn.Module | None:
     """The stock layer whose forward pass an interceptor is about to run, detached; None for others."""
-    layer = _FORWARD.get(getattr(context.orig_method, "func", None))  # type: ignore[arg-type]
+    layer = _FORWARD.get(getattr(context.orig_method, "func", None))
     # nn.ConvLocal runs the code of nn.Conv with a kernel of another meaning.
     if layer is None or not getattr(context.module, "shared_weights", True):
         return None
@@ -53,14 +50,14 @@ def kernel_axes(layer: Any) -> Axes | None:
     return Axes(0, len(_tuple(layer.kernel_size)) + 1)
 
 
-def forward(layer: Any, inputs: Any, kernel: LowRank, bias: Any) -> jax.Array:
+def forward(layer: Any, kernel: LowRank, bias: Any, *args: Any, **kwargs: Any) -> jax.Array:
     """The output of a detached stock layer whose kernel is `kernel`.
 
     The layer itself runs with U as its kernel, so padding, axes and dtypes are Flax's own; S and V
     act on its r output channels.
     """
     narrow = layer.clone(features=kernel.rank, use_bias=False, kernel_init=nn.initializers.zeros)
-    y = narrow.apply({"params": {"kernel": kernel.U}}, inputs)
+    y = narrow.apply({"params": {"kernel": kernel.U}}, *args, **kwargs)
     y, S, V, bias = layer.promote_dtype(y, kernel.S, kernel.V, bias, dtype=layer.dtype)
     nbatch = len(kernel.batch_shape)
     batch = (tuple(range(nbatch)),) * 2

@@ -13,9 +13,7 @@ from lowrank_optax.factorize import Axes
 from lowrank_optax.linen.stock import kernel_axes, running
 
 
-def kernels(
-    model: nn.Module, *args: Any, **kwargs: Any
-) -> Callable[[str, tuple[int, ...]], Axes | bool]:
+def kernels(model: nn.Module, *args: Any, **kwargs: Any) -> Callable[[str, tuple[int, ...]], Axes | bool]:
     """The kernels of a linen model that can be factored, as the `where` of `factorize`.
 
     `model.init` is traced without computing anything. Every `nn.Dense`, `nn.DenseGeneral`, `nn.Conv` and

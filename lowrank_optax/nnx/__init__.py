@@ -1,1 +1,6 @@
-"""Flax nnx."""
+"""Flax nnx: factored kernels in stock modules, and low-rank layers."""
+
+from lowrank_optax.nnx.inplace import factorize
+from lowrank_optax.nnx.layers import LowRankLinear
+
+__all__ = ["LowRankLinear", "factorize"]

@@ -23,7 +23,7 @@ class PromoteLeaves:
 
     def __call__(self, args: Any, /, **kwargs: Any) -> Any:
         leaves, treedef = jax.tree.flatten(args)
-        return treedef.unflatten(self.promote(tuple(leaves), **kwargs))
+        return jax.tree.unflatten(treedef, self.promote(tuple(leaves), **kwargs))
 
 
 def conv_general_dilated(
@@ -36,11 +36,11 @@ def conv_general_dilated(
     **kwargs: Any,
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated`, channels last, whose kernel may be a `LowRank`."""
-    last = dict(precision=precision, preferred_element_type=preferred_element_type)
+    conv: Any = jax.lax.conv_general_dilated
+    options: dict[str, Any] = dict(precision=precision, preferred_element_type=preferred_element_type)
     if not is_lowrank(rhs):
-        last["out_sharding"] = out_sharding
-        return jax.lax.conv_general_dilated(lhs, rhs, *args, **last, **kwargs)
-    z = jax.lax.conv_general_dilated(lhs, rhs.U, *args, **last, **kwargs)
-    z = jax.lax.dot_general(z, rhs.S, (((z.ndim - 1,), (0,)), ((), ())), **last)
+        return conv(lhs, rhs, *args, out_sharding=out_sharding, **options, **kwargs)
+    z = conv(lhs, rhs.U, *args, **options, **kwargs)
+    z = jax.lax.dot_general(z, rhs.S, (((z.ndim - 1,), (0,)), ((), ())), **options)
     contract = (((z.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(z, rhs.V, contract, out_sharding=out_sharding, **last)
+    return jax.lax.dot_general(z, rhs.V, contract, out_sharding=out_sharding, **options)

@@ -7,7 +7,8 @@ over optimizer states; first moments among them move linearly, second moments by
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,13 +16,60 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import manifold as mf
-from lowrank_optax.linalg import transpose
+from lowrank_optax.linalg import all_finite, transpose
 from lowrank_optax.lowrank import LowRank, cast_like, is_lowrank
+from lowrank_optax.transforms.split import Place, Split, stack, unstack
 
 # Fields of the states in Optax that hold squares of gradients, per coordinate.
 SECOND_MOMENTS = ("nu", "nu_max", "sum_of_squares", "e_g", "e_x", "n")
 
-Change = Callable[[Any, bool], Any]
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A change of basis of one group of kernels.
+
+    Attributes:
+      apply: `(arrays, x, squared) -> x'`, with any number of batch axes.
+      arrays: what describes the change; with the stacking axis of the group, if it has one.
+    """
+
+    apply: Callable[[Any, Any, bool], Any]
+    arrays: Any
+
+
+def coefficient_change(left: jax.Array, right: jax.Array) -> Change:
+    """`x -> left x right^T` on coefficient matrices."""
+
+    def apply(arrays: Any, x: jax.Array, squared: bool) -> jax.Array:
+        left, right = arrays
+        move = mf.congruence_squared if squared else mf.congruence
+        return move(x.astype(left.dtype), left, right).astype(x.dtype)
+
+    return Change(apply, (left, right))
+
+
+def gauge_change(tangent: bool, p: jax.Array, q: jax.Array) -> Change:
+    """The change to the bases U P and V Q in either coordinate system."""
+    if not tangent:
+        return coefficient_change(transpose(p), transpose(q))
+
+    def apply(arrays: Any, x: LowRank, squared: bool) -> LowRank:
+        p, q = arrays
+        move = mf.rotate_tangent_squared if squared else mf.rotate_tangent
+        return cast_like(move(x.astype(p.dtype), p, q), x)
+
+    return Change(apply, (p, q))
+
+
+def transport_change(old: LowRank, new: LowRank, active: jax.Array) -> Change:
+    """The change of tangent triples when a kernel moves from `old` to `new`."""
+
+    def apply(arrays: Any, x: LowRank, squared: bool) -> LowRank:
+        old, new, active = arrays
+        move = mf.transport_squared if squared else mf.transport
+        return cast_like(move(x.astype(old.U.dtype), old, new, active), x)
+
+    return Change(apply, (old, new, active))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,146 +80,129 @@ class _Tagged:
     squared: bool
 
 
-def stay(x: Any, squared: bool) -> Any:
-    """The change of a leaf that no basis concerns."""
-    del squared
-    return x
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """Stands for a mirror of a kernel that is being moved; opaque to JAX."""
+
+    index: int
 
 
-def coefficient_change(left: jax.Array, right: jax.Array) -> Change:
-    """`x -> left x right^T` on the coefficient matrices of one kernel."""
-
-    def change(x: jax.Array, squared: bool) -> jax.Array:
-        carry = mf.congruence_squared if squared else mf.congruence
-        return carry(x.astype(left.dtype), left, right).astype(x.dtype)
-
-    return change
+def _untag(node: Any) -> Any:
+    return jax.tree.map(lambda tagged: tagged.value, node)
 
 
-def rotation_change(p: jax.Array, q: jax.Array) -> Change:
-    """The change of tangent triples when the bases turn to U P and V Q."""
-
-    def change(x: LowRank, squared: bool) -> LowRank:
-        y = x.astype(p.dtype)
-        if squared:
-            y = mf.rotate_tangent(_map(lambda a: jnp.sqrt(jnp.maximum(a, 0.0)), y), p, q)
-            return cast_like(_map(jnp.square, y), x)
-        return cast_like(mf.rotate_tangent(y, p, q), x)
-
-    return change
+def _is_node(x: Any) -> bool:
+    return is_lowrank(x) or isinstance(x, optax.MaskedNode)
 
 
-def transport_change(old: LowRank, new: LowRank, active: jax.Array) -> Change:
-    """The change of tangent triples when the kernel moves from `old` to `new`."""
-
-    def change(x: LowRank, squared: bool) -> LowRank:
-        move = mf.transport_squared if squared else mf.transport
-        return cast_like(move(x.astype(old.U.dtype), old, new, active), x)
-
-    return change
-
-
-def gauge_change(tangent: bool, p: jax.Array, q: jax.Array) -> Change:
-    """The change to the bases U P and V Q in either coordinate system."""
-    return rotation_change(p, q) if tangent else coefficient_change(transpose(p), transpose(q))
-
-
-def carry(
+def _lift(
     inner: optax.GradientTransformation,
     state: optax.OptState,
-    changes: Any,
+    split: Split,
     second_moments: tuple[str, ...],
-) -> optax.OptState:
-    """Applies to every leaf of `state` that mirrors a parameter the change of that parameter.
+) -> tuple[Any, list[tuple[Place, bool, Any]]]:
+    """The state with a `_Slot` at every mirror of a kernel, and the mirrors: place, whether squared, value.
 
-    Args:
-      inner: the transformation whose state it is.
-      state: its state.
-      changes: a tree like the parameters that `inner` sees, with a `Change` at each of them.
-      second_moments: names of the state fields to carry as second moments.
-
-    Returns:
-      The state in the new bases. A mirror without axes (a norm per kernel, say) stays.
+    A mirror without axes (a norm per kernel, say) depends on no basis and stays in the state.
     """
+    slots: list[tuple[Place, bool, Any]] = []
 
     def tag(path: Any, value: Any) -> _Tagged:
         names = (k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey))
         return _Tagged(value, any(name in second_moments for name in names))
 
-    def untag(node: Any) -> Any:
-        return jax.tree.map(lambda t: t.value, node)
-
-    def move(node: Any, change: Change) -> Any:
+    def lift(node: Any, place: Any) -> Any:
         if isinstance(node, optax.MaskedNode):
             return node
-        value = untag(node)
-        if any(jnp.ndim(x) == 0 for x in jax.tree.leaves(value)):
+        value = _untag(node)
+        if not isinstance(place, Place) or any(jnp.ndim(x) == 0 for x in jax.tree.leaves(value)):
             return value
-        squared = any(t.squared for t in jax.tree.leaves(node))
-        return change(value, squared)
+        slots.append((place, any(t.squared for t in jax.tree.leaves(node)), value))
+        return _Slot(len(slots) - 1)
 
-    return optax.tree.map_params(
-        inner,
-        move,
-        jax.tree_util.tree_map_with_path(tag, state),
-        changes,
-        transform_non_params=untag,
-        is_leaf=lambda x: is_lowrank(x) or isinstance(x, optax.MaskedNode),
-    )
+    tagged = jax.tree_util.tree_map_with_path(tag, state)
+    shell = optax.tree.map_params(inner, lift, tagged, split.places(), transform_non_params=_untag, is_leaf=_is_node)
+    return shell, slots
+
+
+def _lower(shell: Any, values: Sequence[Any]) -> Any:
+    """Puts values in the place of the slots."""
+    return jax.tree.map(lambda x: values[x.index] if isinstance(x, _Slot) else x, shell)
+
+
+def carry(
+    inner: optax.GradientTransformation,
+    state: optax.OptState,
+    split: Split,
+    changes: Sequence[Change],
+    second_moments: tuple[str, ...],
+) -> tuple[optax.OptState, jax.Array]:
+    """Applies to every leaf of `state` that mirrors a kernel the change of that kernel.
+
+    Args:
+      inner: the transformation whose state it is.
+      state: its state.
+      split: places of the kernels.
+      changes: the change of every group.
+      second_moments: names of the state fields to carry as second moments.
+
+    Returns:
+      The state in the new bases, and whether all that moved is finite.
+    """
+    shell, slots = _lift(inner, state, split, second_moments)
+    # Mirrors of a group go together: those of one copy of the parameters (mu, say) are met in order.
+    batches: dict[Any, list[int]] = {}
+    copies: dict[Any, int] = {}
+    for i, (place, squared, _) in enumerate(slots):
+        copy = copies[place] = copies.get(place, -1) + 1
+        batches.setdefault((place.group, squared, copy), []).append(i)
+    values: list[Any] = [None] * len(slots)
+    finite = jnp.ones((), bool)
+    sizes = split.sizes()
+    for (group, squared, _), indices in batches.items():
+        change, size = changes[group], sizes[group]
+        arrays = change.arrays
+        if len(indices) < size:  # Some kernels of the group are masked out.
+            apart = unstack(arrays, size)
+            arrays = stack([apart[slots[i][0].member] for i in indices])
+        moved = change.apply(arrays, stack([slots[i][2] for i in indices]), squared)
+        finite &= all_finite(moved)
+        for i, value in zip(indices, unstack(moved, len(indices)), strict=True):
+            values[i] = value
+    return _lower(shell, values), finite
+
+
+def mirrors_finite(inner: optax.GradientTransformation, state: optax.OptState, split: Split) -> jax.Array:
+    """Whether every leaf of `state` that mirrors a kernel is finite."""
+    _, slots = _lift(inner, state, split, ())
+    return all_finite([value for _, _, value in slots])
 
 
 def keep_kernels(
-    inner: optax.GradientTransformation,
-    old: optax.OptState,
-    new: optax.OptState,
-    kernels: Any,
+    inner: optax.GradientTransformation, old: optax.OptState, new: optax.OptState, split: Split
 ) -> optax.OptState:
-    """The state `new` with the leaves that mirror kernels (True in `kernels`) taken from `old`."""
-    pairs = jax.tree.map(lambda a, b: _Pair(a, b), old, new)
-    return optax.tree.map_params(
-        inner,
-        lambda x, kernel: x if isinstance(x, optax.MaskedNode) else (x.old if kernel else x.new),
-        pairs,
-        kernels,
-        transform_non_params=lambda node: jax.tree.map(lambda x: x.new, node),
-        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
-    )
+    """The state `new` with the leaves that mirror kernels taken from `old`."""
+    shell, _ = _lift(inner, new, split, ())
+    _, slots = _lift(inner, old, split, ())
+    return _lower(shell, [value for _, _, value in slots])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pair:
-    """A leaf of two states; opaque to JAX."""
-
-    old: Any
-    new: Any
-
-
-def check_carries(inner: optax.GradientTransformation, state: optax.OptState, views: Any) -> None:
+def check_carries(inner: optax.GradientTransformation, state: optax.OptState, split: Split, views: Any) -> None:
     """Raises if `inner` keeps state for kernels that no change of basis can act on."""
-
-    def expect(view: Any) -> Change:
-        shapes = jax.tree.map(jnp.shape, view)
-
-        def change(x: Any, squared: bool) -> Any:
-            del squared
-            if jax.tree.map(jnp.shape, x) != shapes:
-                raise ValueError(
-                    f"it holds an array of shape {jax.tree.map(jnp.shape, x)} for a kernel whose "
-                    f"coordinates have shape {shapes}"
-                )
-            return x
-
-        return change
-
+    shapes = functools.partial(jax.tree.map, jnp.shape)
     try:
-        carry(inner, state, jax.tree.map(expect, views, is_leaf=is_lowrank), ())
+        _, slots = _lift(inner, state, split, ())
+        pairs = zip(split.each(split.places()), split.each(views), strict=True)
+        expected = {place: shapes(view) for place, view in pairs}
+        for place, _, value in slots:
+            if shapes(value) != expected[place]:
+                raise ValueError(
+                    f"it holds an array of shape {shapes(value)} for a kernel whose coordinates have shape "
+                    f"{expected[place]}"
+                )
     except (ValueError, TypeError) as error:
         raise ValueError(
             "fixed_rank cannot carry the state of this inner transformation between bases: its leaves must "
             "mirror the parameters in shape, or be scalars. Factored second moments (adafactor, sm3) do not; "
             f"use adam, rmsprop, lion, sgd or another elementwise transformation. Cause: {error}"
         ) from error
-
-
-def _map(f: Callable[[jax.Array], jax.Array], x: LowRank) -> LowRank:
-    return LowRank(f(x.U), f(x.S), f(x.V))

@@ -165,6 +165,7 @@ def fixed_rank(
         )
 
     def init(params: Any) -> FixedRankState:
+        params = _values(params)
         check_kernels(params, galerkin)
         method, split = method_for(params), Split(params)
         work = _working(params, params)
@@ -172,9 +173,9 @@ def fixed_rank(
         inner_state = method.inner.init(views)
         kernels: Any = jnp.zeros((), jnp.int32)
         if split:
-            check_carries(method.inner, inner_state, views)
+            check_carries(method.inner, inner_state, split, views)
             states = (_kernel_state(W, galerkin) for W in split.kernels(work))
-            kernels = split.merge(states, (None for _ in split.ordinary(params)))
+            kernels = split.merge(states, [None] * split.ordinary_count)
         zero = jnp.zeros((), jnp.int32)
         return FixedRankState(inner_state, kernels, zero, zero)
 
@@ -189,12 +190,14 @@ def fixed_rank(
         check_gradients(updates, params)
         method, split = method_for(params), Split(params)
         extra = {**extra_args, "kernels": params}
+        finite = linalg.all_finite(split.ordinary(updates))
         if not split:
-            new_updates, inner_state = method.inner.update(updates, state.inner_state, params, **extra)
-            moved, phase = st.Point(new_updates, state.kernels, inner_state), state.phase
+            moved_updates, inner_state = method.inner.update(updates, state.inner_state, params, **extra)
+            moved, phase = st.Point(moved_updates, state.kernels, inner_state, finite), state.phase
         else:
-            point = st.Point(_working(params, params), state.kernels, state.inner_state)
             grads = _working(updates, params)
+            finite &= linalg.all_finite(split.kernels(grads))
+            point = st.Point(_working(params, params), state.kernels, state.inner_state, finite)
             if galerkin and grad_fn is None:
                 moved, phase = _galerkin_call(
                     method, split, point, grads, extra, state.phase, local_steps, move_ordinary
@@ -208,11 +211,25 @@ def fixed_rank(
                     step = st.tangent_step if method.tangent else st.coefficient_step
                     moved = step(method, split, point, grads, extra)
                 phase = state.phase
-        result = _differences(params, moved.params)
-        new_state = FixedRankState(moved.inner_state, moved.kernels, phase, state.notfinite_count)
-        return _unless_finite(updates, params, result, state, new_state)
+        differences = _differences(params, moved.params)
+        new = (differences, FixedRankState(moved.inner_state, moved.kernels, phase, state.notfinite_count))
+        skipped = (
+            jax.tree.map(jnp.zeros_like, differences),
+            state._replace(notfinite_count=optax.safe_increment(state.notfinite_count)),
+        )
+        # A branch rather than a select for every leaf: it hands buffers through and compiles in no time.
+        return jax.lax.cond(moved.finite, lambda: new, lambda: skipped)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _values(params: Any) -> Any:
+    """`nnx.Optimizer` gives `init` a tree of variables and `update` one of their values: this makes it the latter."""
+
+    def is_variable(x: Any) -> bool:
+        return hasattr(x, "get_raw_value")
+
+    return jax.tree.map(lambda x: x.get_raw_value() if is_variable(x) else x, params, is_leaf=is_variable)
 
 
 def _label(x: Any) -> str:
@@ -239,8 +256,9 @@ def _working(tree: Any, params: Any) -> Any:
 
 def _gradients_at(grad_fn: Any, params: Any, split: Split, point: Any) -> Any:
     """`grad_fn` at flattened kernels: in the axes and dtypes of the user, and back."""
-    pairs = zip(split.kernels(point), split.kernels(params), strict=True)
-    at = split.merge((cast_like(unflatten(W, like), like) for W, like in pairs), split.ordinary(point))
+    pairs = zip(split.each(point), split.each(params), strict=True)
+    kernels = (cast_like(unflatten(W, like), like) for W, like in pairs)
+    at = split.merge_each(kernels, split.ordinary(point))
     grads = grad_fn(at)
     check_gradients(grads, at)
     return _working(grads, at)
@@ -281,23 +299,3 @@ def _differences(params: Any, moved: Any) -> Any:
         return LowRank(new.U - old.U, new.S - old.S, new.V - old.V)
 
     return jax.tree.map(one, params, moved, is_leaf=is_lowrank)
-
-
-def _finite(x: Any) -> jax.Array:
-    if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
-        return jnp.ones((), bool)
-    return jnp.all(jnp.isfinite(x))
-
-
-def _unless_finite(
-    grads: Any, params: Any, updates: Any, old: FixedRankState, new: FixedRankState
-) -> tuple[Any, FixedRankState]:
-    """Zero updates and the old state, one count up, where the step met or made something that is not finite."""
-    checks = [_finite(x) for x in jax.tree.leaves((grads, updates))]
-    # State may hold infinities on purpose (a best value so far); it must not acquire them.
-    checks += [_finite(b) | ~_finite(a) for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)]
-    ok = functools.reduce(jnp.logical_and, checks, jnp.ones((), bool))
-    updates = jax.tree.map(lambda u: jnp.where(ok, u, jnp.zeros_like(u)), updates)
-    kept = jax.tree.map(lambda a, b: jnp.where(ok, b, a), old, new)
-    skipped = optax.safe_increment(old.notfinite_count)
-    return updates, kept._replace(notfinite_count=jnp.where(ok, old.notfinite_count, skipped))

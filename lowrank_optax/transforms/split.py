@@ -2,44 +2,111 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from lowrank_optax.lowrank import is_lowrank
+from lowrank_optax import linalg
+from lowrank_optax.lowrank import LowRank, is_lowrank
+
+
+class Place(NamedTuple):
+    """Where a kernel is kept: the number of its group and its position there."""
+
+    group: int
+    member: int
 
 
 class Split:
-    """The places of the kernels in a parameter tree.
+    """The kernels of a parameter tree in groups of equal shape, each group one stacked kernel.
+
+    A network has many kernels of few shapes. One call for each shape, and not for each kernel, keeps the compiled
+    step small: compile time does not grow with depth.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
-      >>> split = Split({"kernel": lro.factorize(jnp.eye(4), 2), "bias": jnp.zeros(4)})
-      >>> split.merge(["K"], ["b"])
-      {'bias': 'b', 'kernel': 'K'}
+      >>> a, b = lro.factorize([jnp.eye(4), 2 * jnp.eye(4)], 2, where=lambda path, shape: True)
+      >>> split = Split({"a": a, "b": b, "bias": jnp.zeros(4)})
+      >>> [group.shape for group in split.kernels({"a": a.S, "b": b.S, "bias": None})]
+      [(2, 2, 2)]
+      >>> split.merge([jnp.arange(2)], ["c"])
+      {'a': Array(0, dtype=int32), 'b': Array(1, dtype=int32), 'bias': 'c'}
     """
 
     def __init__(self, params: Any):
         treedef: Any
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_lowrank)
+        groups: dict[Any, list[int]] = {}
+        for i, leaf in enumerate(leaves):
+            if is_lowrank(leaf):
+                groups.setdefault(_key(leaf), []).append(i)
         self._treedef = treedef
-        self._is_kernel = [is_lowrank(leaf) for leaf in leaves]
+        self._groups = list(groups.values())
+        self._ordinary = [i for i, leaf in enumerate(leaves) if not is_lowrank(leaf)]
 
     def __bool__(self) -> bool:
-        return any(self._is_kernel)
+        return bool(self._groups)
+
+    def each(self, tree: Any) -> list[Any]:
+        """What `tree`, of the structure of the parameters, holds at every kernel."""
+        leaves = self._treedef.flatten_up_to(tree)
+        return [leaves[i] for group in self._groups for i in group]
 
     def kernels(self, tree: Any) -> list[Any]:
-        """What `tree`, of the structure of the parameters, holds at the kernels."""
+        """What `tree` holds at the kernels, stacked group by group; a group of one is not stacked."""
         leaves = self._treedef.flatten_up_to(tree)
-        return [x for x, kernel in zip(leaves, self._is_kernel, strict=True) if kernel]
+        return [stack([leaves[i] for i in group]) for group in self._groups]
 
     def ordinary(self, tree: Any) -> list[Any]:
-        """What `tree`, of the structure of the parameters, holds at the other leaves."""
+        """What `tree` holds at the other leaves."""
         leaves = self._treedef.flatten_up_to(tree)
-        return [x for x, kernel in zip(leaves, self._is_kernel, strict=True) if not kernel]
+        return [leaves[i] for i in self._ordinary]
 
     def merge(self, kernels: Iterable[Any], ordinary: Iterable[Any]) -> Any:
-        """The tree with `kernels` in the places of the kernels and `ordinary` at the other leaves."""
-        k, o = iter(kernels), iter(ordinary)
-        return self._treedef.unflatten([next(k) if x else next(o) for x in self._is_kernel])
+        """The tree with the stacked `kernels` in their places and `ordinary` at the other leaves."""
+        apart = (unstack(x, len(group)) for x, group in zip(kernels, self._groups, strict=True))
+        return self.merge_each((x for group in apart for x in group), ordinary)
+
+    def merge_each(self, kernels: Iterable[Any], ordinary: Iterable[Any]) -> Any:
+        """The same with one value for every kernel, in the order of `each`."""
+        leaves: list[Any] = [None] * (len(self._ordinary) + sum(map(len, self._groups)))
+        for i, x in zip((i for group in self._groups for i in group), kernels, strict=True):
+            leaves[i] = x
+        for i, x in zip(self._ordinary, ordinary, strict=True):
+            leaves[i] = x
+        return self._treedef.unflatten(leaves)
+
+    def places(self) -> Any:
+        """The tree with the `Place` of every kernel, and an empty tuple at the other leaves."""
+        places = (Place(g, j) for g, group in enumerate(self._groups) for j in range(len(group)))
+        return self.merge_each(places, (() for _ in self._ordinary))
+
+    @property
+    def ordinary_count(self) -> int:
+        """The number of leaves that are not kernels."""
+        return len(self._ordinary)
+
+    def sizes(self) -> list[int]:
+        """The number of kernels in every group."""
+        return [len(group) for group in self._groups]
+
+
+def _key(W: LowRank) -> Any:
+    """What flattened kernels must share to be stacked."""
+    if not hasattr(W.S, "shape"):
+        return None
+    dtype = linalg.working_dtype(W.U, W.S, W.V)
+    return math.prod(W.in_shape), math.prod(W.out_shape), W.S.shape, dtype
+
+
+def stack(trees: list[Any]) -> Any:
+    """Stacks the leaves of equal trees along a new first axis; a single tree is left as it is."""
+    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+
+def unstack(tree: Any, size: int) -> list[Any]:
+    """The inverse of `stack`."""
+    return [tree] if size == 1 else [jax.tree.map(lambda x: x[j], tree) for j in range(size)]  # noqa: B023

@@ -1,14 +1,14 @@
 """The steps of the paper on a whole parameter tree: project, update, retract, carry.
 
-In the trees given and returned every kernel is flattened and in the working dtype. A step returns new kernels, and
+In the trees given and returned every kernel is flattened and in the working dtype; in the lists that steps work on,
+kernels of equal shape are one stacked kernel. A step returns new kernels, and
 at the ordinary leaves the updates of the inner transformation.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from lowrank_optax.transforms.carry import (
     coefficient_change,
     gauge_change,
     keep_kernels,
-    stay,
+    mirrors_finite,
     transport_change,
 )
 from lowrank_optax.transforms.split import Split
@@ -56,9 +56,13 @@ class Method:
     tangent: bool
     second_moments: tuple[str, ...]
 
-    def carry(self, state: Any, changes: Any) -> Any:
-        """The inner state in new bases."""
-        return carry(self.inner, state, changes, self.second_moments)
+    def carry(self, state: Any, split: Split, changes: list[Change]) -> tuple[Any, jax.Array]:
+        """The inner state in new bases, and whether it is finite."""
+        return carry(self.inner, state, split, changes, self.second_moments)
+
+    def finite(self, state: Any, split: Split) -> jax.Array:
+        """Whether the mirrors of kernels in the inner state are finite."""
+        return mirrors_finite(self.inner, state, split)
 
     def view(self, W: LowRank) -> Any:
         """What the inner transformation sees of a kernel: W as a coefficient matrix or as a tangent vector."""
@@ -72,16 +76,13 @@ class Point(NamedTuple):
       params: parameters; after a step new kernels, and updates at the ordinary leaves.
       kernels: a tree with a `KernelState` at every kernel.
       inner_state: state of the inner transformation.
+      finite: whether everything met and made at the kernels was finite.
     """
 
     params: Any
     kernels: Any
     inner_state: Any
-
-
-def _changes(split: Split, kernels: Iterable[Change]) -> Any:
-    """A tree of changes for `carry`."""
-    return split.merge(kernels, itertools.repeat(stay))
+    finite: jax.Array
 
 
 def canonicalize(method: Method, split: Split, point: Point, grads: Any) -> tuple[Point, Any]:
@@ -95,12 +96,16 @@ def canonicalize(method: Method, split: Split, point: Point, grads: Any) -> tupl
             LowRank(W.U @ p, linalg.diagonal(sigma), W.V @ q) for W, (p, sigma, q) in zip(Ws, gauges, strict=True)
         ]
         gs = [mf.rotate(g, p, q) for g, (p, _, q) in zip(split.kernels(grads), gauges, strict=True)]
-        changes = _changes(split, (gauge_change(method.tangent, p, q) for p, _, q in gauges))
-        inner_state = method.carry(point.inner_state, changes)
+        changes = [gauge_change(method.tangent, p, q) for p, _, q in gauges]
+        inner_state, finite = method.carry(point.inner_state, split, changes)
         params = split.merge(turned, split.ordinary(point.params))
-        return Point(params, point.kernels, inner_state), split.merge(gs, split.ordinary(grads))
+        return Point(params, point.kernels, inner_state, point.finite & finite), split.merge(gs, split.ordinary(grads))
 
     return jax.lax.cond(ok, lambda *same: same, turn, point, grads)
+
+
+def _states(split: Split, states: list[KernelState]) -> Any:
+    return split.merge(states, [None] * split.ordinary_count)
 
 
 def _project(W: LowRank, g: LowRank, k: KernelState) -> LowRank:
@@ -165,8 +170,8 @@ def coefficient_step(
         mf.augment(W, xi, k.rank, None if grad_fn is None else 2 * W.rank) for W, xi, k in zip(Ws, xis, ks, strict=True)
     ]
     S = [mf.congruence(W.S, f.left, f.right) for W, f in zip(Ws, frames, strict=True)]
-    open_changes = (coefficient_change(f.left, f.right) for f in frames)
-    inner_state = method.carry(point.inner_state, _changes(split, open_changes))
+    changes = [coefficient_change(f.left, f.right) for f in frames]
+    inner_state, _ = method.carry(point.inner_state, split, changes)
     ordinary = split.ordinary(point.params)
 
     if grad_fn is None:
@@ -178,7 +183,7 @@ def coefficient_step(
         updates = split.ordinary(steps)
     else:
         augmented = (LowRank(f.U, s, f.V) for f, s in zip(frames, S, strict=True))
-        now = Point(split.merge(augmented, ordinary), point.kernels, inner_state)
+        now = Point(split.merge(augmented, ordinary), point.kernels, inner_state, point.finite)
         for _ in range(local_steps):
             moved = frozen_step(method, split, now, grad_fn(now.params), extra)
             rest = optax.apply_updates(split.ordinary(now.params), split.ordinary(moved.params))
@@ -189,11 +194,9 @@ def coefficient_step(
 
     norms = [jnp.sqrt(mf.inner(xi, xi)) for xi in xis]
     new, states, changes = _finish(method, Ws, frames, ys, ks, norms)
-    return Point(
-        split.merge(new, updates),
-        split.merge(states, itertools.repeat(None)),
-        method.carry(inner_state, _changes(split, changes)),
-    )
+    inner_state, finite = method.carry(inner_state, split, changes)
+    finite &= point.finite & linalg.all_finite((new, norms))
+    return Point(split.merge(new, updates), _states(split, states), inner_state, finite)
 
 
 def tangent_step(method: Method, split: Split, point: Point, grads: Any, extra: dict[str, Any]) -> Point:
@@ -217,14 +220,12 @@ def tangent_step(method: Method, split: Split, point: Point, grads: Any, extra: 
     ]
     norms = [jnp.sqrt(mf.inner(xi, xi)) for xi in xis]
     new, states, _ = _finish(method, Ws, frames, ys, ks, norms)
-    changes = (
+    changes = [
         transport_change(W, moved, linalg.leading(k.rank, W.rank)) for W, moved, k in zip(Ws, new, states, strict=True)
-    )
-    return Point(
-        split.merge(new, split.ordinary(steps)),
-        split.merge(states, itertools.repeat(None)),
-        method.carry(inner_state, _changes(split, changes)),
-    )
+    ]
+    inner_state, finite = method.carry(inner_state, split, changes)
+    finite &= point.finite & linalg.all_finite((new, norms))
+    return Point(split.merge(new, split.ordinary(steps)), _states(split, states), inner_state, finite)
 
 
 def augment_step(
@@ -246,8 +247,7 @@ def augment_step(
             split.merge((W.S for W in Ws), split.ordinary(point.params)),
             **extra,
         )
-        places = split.merge((True for _ in Ws), itertools.repeat(False))
-        inner_state = keep_kernels(method.inner, inner_state, after, places)
+        inner_state = keep_kernels(method.inner, inner_state, after, split)
         updates = split.ordinary(steps)
 
     new, states, changes = [], [], []
@@ -257,11 +257,9 @@ def augment_step(
         new.append(LowRank(frame.U, mf.congruence(W.S, frame.left, frame.right), frame.V))
         states.append(k._replace(gradient_norm=jnp.sqrt(mf.inner(xi, xi))))
         changes.append(coefficient_change(frame.left, frame.right))
-    return Point(
-        split.merge(new, updates),
-        split.merge(states, itertools.repeat(None)),
-        method.carry(inner_state, _changes(split, changes)),
-    )
+    inner_state, finite = method.carry(inner_state, split, changes)
+    finite &= point.finite & linalg.all_finite((new, [k.gradient_norm for k in states]))
+    return Point(split.merge(new, updates), _states(split, states), inner_state, finite)
 
 
 def frozen_step(method: Method, split: Split, point: Point, grads: Any, extra: dict[str, Any]) -> Point:
@@ -278,7 +276,8 @@ def frozen_step(method: Method, split: Split, point: Point, grads: Any, extra: d
     new = [
         LowRank(W.U, W.S + jnp.where(b, d, 0.0), W.V) for W, b, d in zip(Ws, blocks, split.kernels(steps), strict=True)
     ]
-    return Point(split.merge(new, split.ordinary(steps)), point.kernels, inner_state)
+    finite = point.finite & linalg.all_finite([W.S for W in new]) & method.finite(inner_state, split)
+    return Point(split.merge(new, split.ordinary(steps)), point.kernels, inner_state, finite)
 
 
 def truncate_step(method: Method, split: Split, point: Point) -> Point:
@@ -290,8 +289,6 @@ def truncate_step(method: Method, split: Split, point: Point) -> Point:
         frames.append(mf.Frame(W.U, W.V, eye, eye, eye, eye))
     norms = [k.gradient_norm for k in ks]
     new, states, changes = _finish(method, Ws, frames, [W.S for W in Ws], ks, norms)
-    return Point(
-        split.merge(new, split.ordinary(point.params)),
-        split.merge(states, itertools.repeat(None)),
-        method.carry(point.inner_state, _changes(split, changes)),
-    )
+    inner_state, finite = method.carry(point.inner_state, split, changes)
+    finite &= point.finite & linalg.all_finite(new)
+    return Point(split.merge(new, split.ordinary(point.params)), _states(split, states), inner_state, finite)

@@ -1,0 +1,217 @@
+"""Decompositions that stay sound in every dtype, at every rank and in every batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank_optax import linalg
+
+
+def random(*shape: int, dtype: Any = np.float64, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def T(x: Any) -> Any:
+    return np.swapaxes(x, -1, -2)
+
+
+def with_columns(m: int, *columns: int) -> np.ndarray:
+    """Column j is column `columns[j]` of a fixed random matrix, zero for -1."""
+    x = random(m, 8)
+    return np.stack([x[:, j] if j >= 0 else np.zeros(m) for j in columns], axis=-1)
+
+
+MATRICES = {
+    "full rank": with_columns(7, 0, 1, 2),
+    "zero": np.zeros((7, 3)),
+    "zero column first": with_columns(7, -1, 0, 1),
+    "zero columns between": with_columns(7, 0, -1, -1, 1),
+    "duplicate": with_columns(7, 0, 0, 1, 0),
+    "all equal": with_columns(7, 0, 0, 0),
+    "rank one": np.outer(np.arange(7.0), np.arange(1.0, 5.0)),
+    "scaled duplicates": with_columns(7, 0, 0, 0) * np.array([[1.0, 1e-8, 1e8]]),
+    "nearly dependent": with_columns(7, 0, 0, 1) + 1e-12 * random(7, 3, seed=1),
+    "graded": with_columns(7, 0, 1, 2, 3) * np.array([[1.0, 1e-5, 1e-10, 1e-15]]),
+    "huge": 1e25 * with_columns(7, 0, 1, 1),
+    "tiny": 1e-25 * with_columns(7, 0, 1, 1),
+    "m < k": with_columns(3, 0, 1, 2, 3, 4),
+    "m < k, deficient": with_columns(3, 0, 0, -1, 0, 0),
+    "one row": with_columns(1, 0, 1, 2),
+    "one row of zeros": np.zeros((1, 3)),
+    "one column": with_columns(7, 0),
+    "one column of zeros": np.zeros((7, 1)),
+    "batch": np.stack([with_columns(7, 0, 1, 2), np.zeros((7, 3)), with_columns(7, 3, 3, -1)]),
+    "two batch axes, m < k": random(2, 3, 2, 4) * np.array([1.0, 0.0, 1.0])[:, None, None],
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", MATRICES)
+def test_orthonormalize_whatever_the_rank(name: str, dtype: Any) -> None:
+    x = MATRICES[name].astype(dtype)
+    q, r = linalg.orthonormalize(jnp.asarray(x))
+    m, k = x.shape[-2:]
+    p = min(m, k)
+    assert q.shape == (*x.shape[:-1], p) and r.shape == (*x.shape[:-2], p, k)
+    assert q.dtype == r.dtype == dtype
+    q, r = (np.asarray(y, np.float64) for y in (q, r))
+    # Householder QR: |Q^T Q - I| and |QR - X| / |X| are at most a small multiple of m k u, here below 35 u each.
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(T(q) @ q, np.broadcast_to(np.eye(p), (*x.shape[:-2], p, p)), atol=35 * eps)
+    size = np.max(np.abs(x), initial=0)
+    np.testing.assert_allclose(q @ r, x, rtol=0, atol=35 * eps * float(size))
+    # Exact zeros below the diagonal, on which the zero block of the coefficient matrices rests.
+    np.testing.assert_array_equal(r, np.triu(r))
+
+
+def test_orthonormalize_does_not_differ_in_a_batch_or_under_jit() -> None:
+    x = jnp.asarray(MATRICES["batch"])
+    q, r = linalg.orthonormalize(x)
+    jitted_q, jitted_r = jax.jit(linalg.orthonormalize)(x)
+    for i in range(len(x)):
+        one_q, one_r = linalg.orthonormalize(x[i])
+        for a, b in ((q[i], one_q), (r[i], one_r), (jitted_q[i], one_q), (jitted_r[i], one_r)):
+            np.testing.assert_allclose(a, b, atol=1e-14)  # Rounding of seven operations on numbers of size 1.
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (5, 3), (3, 5), (1, 4), (4, 1), (2, 5, 3), (2, 1, 3, 5)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_svd_returns_q_and_not_its_transpose(shape: tuple[int, ...], dtype: Any) -> None:
+    x = random(*shape, dtype=dtype)
+    p, sigma, q = linalg.svd(jnp.asarray(x))
+    k = min(shape[-2:])
+    assert p.shape == (*shape[:-1], k) and sigma.shape == (*shape[:-2], k)
+    assert q.shape == (*shape[:-2], shape[-1], k)
+    assert p.dtype == sigma.dtype == q.dtype == dtype
+    atol = 50 * float(jnp.finfo(dtype).eps)  # Backward error of an SVD of this size: a multiple of u |x|, |x| < 5.
+    np.testing.assert_allclose((np.asarray(p) * np.asarray(sigma)[..., None, :]) @ T(q), x, atol=atol)
+    # Columns of q are right singular vectors: x^T p = q sigma.
+    np.testing.assert_allclose(T(x) @ p, np.asarray(q) * np.asarray(sigma)[..., None, :], atol=atol)
+    assert np.all(np.diff(sigma, axis=-1) <= 0) and np.all(np.asarray(sigma) >= 0)
+
+
+@pytest.mark.parametrize("x", [np.zeros((3, 4)), np.eye(3), np.diag([2.0, 2.0, 0.0]), np.ones((4, 3))])
+def test_svd_of_deficient_and_repeated(x: np.ndarray) -> None:
+    p, sigma, q = (np.asarray(y) for y in linalg.svd(jnp.asarray(x)))
+    for y in (p, q):
+        np.testing.assert_allclose(y.T @ y, np.eye(3), atol=1e-14)  # Orthonormal to a multiple of 1.1e-16.
+    np.testing.assert_allclose((p * sigma) @ q.T, x, atol=1e-14)
+
+
+# --- Newton-Schulz -----------------------------------------------------------------------------------------------
+
+
+def with_spectrum(sigma: np.ndarray, m: int, n: int, dtype: Any = np.float32) -> np.ndarray:
+    """An m x n matrix of Frobenius norm 1 whose singular values are proportional to sigma."""
+    U, V = np.linalg.qr(random(m, sigma.size))[0], np.linalg.qr(random(n, sigma.size, seed=1))[0]
+    return ((U * (sigma / np.linalg.norm(sigma))) @ V.T).astype(dtype)
+
+
+@pytest.mark.parametrize(("m", "n"), [(12, 12), (20, 12), (12, 20)])
+@pytest.mark.parametrize("least", [1.0, 0.1, 0.02])
+def test_newton_schulz_band(m: int, n: int, least: float) -> None:
+    x = with_spectrum(np.geomspace(1, least, 12), m, n)
+    y = np.asarray(linalg.newton_schulz(jnp.asarray(x), 5))
+    sigma = np.linalg.svd(y, compute_uv=False)
+    # The docstring: between about 0.7 and 1.2. The scalar map applied five times has its extrema on [0.005, 1] at
+    # 0.68 and 1.13.
+    assert np.all(sigma > 0.67) and np.all(sigma < 1.2)
+    # The singular vectors are those of x: U^T y V is diagonal up to the rounding of fifteen float32 products.
+    U, _, Vt = np.linalg.svd(x.astype(np.float64), full_matrices=False)
+    polar = U @ Vt
+    assert np.linalg.norm(y - polar, 2) < 0.33 + 1e-3
+
+
+def test_newton_schulz_leaves_small_singular_values_small() -> None:
+    # a^5 = 3.4445^5 = 485: a singular value of 1e-5 of the norm grows at most to 5e-3.
+    x = with_spectrum(np.array([1.0, 1.0, 1e-5]), 8, 6, np.float64)
+    sigma = np.linalg.svd(np.asarray(linalg.newton_schulz(jnp.asarray(x), 5)), compute_uv=False)
+    assert np.all(sigma[:2] > 0.67) and 1e-3 < sigma[2] < 5e-3 and np.all(sigma[3:] < 1e-12)
+
+
+def test_newton_schulz_of_zero_batch_and_transpose() -> None:
+    x = np.stack([random(3, 5), np.zeros((3, 5)), 7 * random(3, 5, seed=2)])
+    y = np.asarray(linalg.newton_schulz(jnp.asarray(x), 5))
+    assert y.shape == x.shape
+    np.testing.assert_array_equal(y[1], 0)
+    for i in (0, 2):
+        # Rounding of float64, in a batch and alone, and of the transpose, which runs through the other Gram matrix.
+        np.testing.assert_allclose(linalg.newton_schulz(jnp.asarray(x[i]), 5), y[i], atol=1e-13)
+        np.testing.assert_allclose(linalg.newton_schulz(jnp.asarray(x[i].T), 5).T, y[i], atol=1e-13)
+
+
+OUT_OF_RANGE = pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="the norm is taken of squares, which vanish and overflow in float32"
+)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        1e-10,
+        1e10,
+        1e18,
+        pytest.param(1e-21, marks=OUT_OF_RANGE),
+        pytest.param(1e-30, marks=OUT_OF_RANGE),
+        pytest.param(1e20, marks=OUT_OF_RANGE),
+        pytest.param(1e30, marks=OUT_OF_RANGE),
+    ],
+)
+def test_newton_schulz_does_not_depend_on_the_scale(scale: float) -> None:
+    x = random(4, 6, dtype=np.float32)
+    y = linalg.newton_schulz(jnp.asarray(x * np.float32(scale)), 5)
+    # Rounding of the scaled input, 6e-8, grown at most by the slopes of the map, 3.4445^5 = 485.
+    np.testing.assert_allclose(y, linalg.newton_schulz(jnp.asarray(x), 5), atol=485 * 2e-7)
+
+
+# --- small things ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        (["bfloat16"], "float32"),
+        (["float16"], "float32"),
+        (["bfloat16", "float16"], "float32"),
+        (["float32"], "float32"),
+        (["float32", "bfloat16"], "float32"),
+        (["float64"], "float64"),
+        (["bfloat16", "float64"], "float64"),
+    ],
+)
+def test_working_dtype(dtypes: list[str], expected: str) -> None:
+    assert linalg.working_dtype(*(jnp.zeros((2, 2), d) for d in dtypes)) == expected
+    assert linalg.working_dtype(*(jax.ShapeDtypeStruct((2, 2), jnp.dtype(d)) for d in dtypes)) == expected
+
+
+def test_working_dtype_without_x64() -> None:
+    with jax.enable_x64(False):
+        assert linalg.working_dtype(jnp.zeros(2, jnp.bfloat16)) == jnp.float32
+
+
+def test_leading() -> None:
+    count = jnp.array([[0, 1], [3, 7]])
+    expected = [[[False] * 3, [True, False, False]], [[True] * 3, [True] * 3]]
+    np.testing.assert_array_equal(linalg.leading(count, 3), expected)
+    np.testing.assert_array_equal(linalg.leading(jnp.asarray(2), 4), [True, True, False, False])
+    assert linalg.leading(jnp.asarray(2), 4).dtype == bool
+    np.testing.assert_array_equal(jax.jit(linalg.leading, static_argnums=1)(count, 3), expected)
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
+def test_diagonal(batch: tuple[int, ...], dtype: Any) -> None:
+    sigma = jnp.asarray(random(*batch, 4), dtype)
+    d = linalg.diagonal(sigma)
+    assert d.shape == (*batch, 4, 4) and d.dtype == dtype
+    np.testing.assert_array_equal(jnp.diagonal(d, axis1=-2, axis2=-1), sigma)
+    assert int(jnp.sum(d != 0)) == sigma.size
+
+
+def test_transpose_swaps_the_matrix_axes_only() -> None:
+    assert linalg.transpose(jnp.zeros((5, 2, 3))).shape == (5, 3, 2)
