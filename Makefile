@@ -39,8 +39,7 @@ test: $(STAMP) ## run the doctests, then every test
 	$(DOCTEST)
 	$(PYTEST) -n $(WORKERS) $(ARGS)
 
-test-fast: $(STAMP) ## the same without the tests marked slow
-	$(DOCTEST)
+test-fast: $(STAMP) ## the tests that are not marked slow, without the doctests
 	$(PYTEST) -n $(WORKERS) -m "not slow" $(ARGS)
 
 lint: $(STAMP) ## check format, style and types

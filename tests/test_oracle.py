@@ -514,9 +514,7 @@ def test_dense_counterparts(momentum: str, retraction: str, name: str) -> None:
     params, _ = to_library(Case(), layout, states, ranks)
     state = lro.lowrank_heavy_ball(0.1, BETA, momentum_space=momentum, retraction=retraction).init(params)
     expected = [
-        dense_heavy_ball(
-            Problem(problem.H[[i]], problem.T[[i]], problem.c), s.W, RANK, 100, 0.1, BETA, momentum, retraction
-        )
+        dense_heavy_ball(functools.partial(problem.gradient, i=i), s.W, 100, momentum, retraction)
         for i, s in enumerate(states)
     ]
     worst = 0.0
