@@ -26,6 +26,18 @@ def all_finite(tree: Any) -> jax.Array:
     return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in leaves], jnp.ones((), bool))
 
 
+def signs(x: jax.Array) -> jax.Array:
+    """-1 where x is negative, else 1, in the dtype of x."""
+    return jnp.where(x < 0, -jnp.ones_like(x), jnp.ones_like(x))
+
+
+def norm(x: jax.Array) -> jax.Array:
+    """Frobenius norm of every matrix of a batch, also where squares overflow or vanish."""
+    top = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    scaled = x / jnp.where(top > 0, top, jnp.ones_like(top))
+    return top[..., 0, 0] * jnp.sqrt(jnp.sum(scaled * scaled, axis=(-2, -1)))
+
+
 def transpose(x: jax.Array) -> jax.Array:
     """Swaps the two matrix axes."""
     return jnp.swapaxes(x, -1, -2)
@@ -51,7 +63,7 @@ def _each_matrix(f: Callable[[jax.Array], tuple[jax.Array, ...]], x: jax.Array) 
 
 
 def orthonormalize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Thin QR, `x = Q R`, by Householder reflections.
+    """Thin QR, `x = Q R`, by Householder reflections; R has a non-negative diagonal, so signs are those of x.
 
     Q has orthonormal columns whatever the rank of `x`: a zero or dependent column (a zero gradient,
     a gradient inside the old basis, a padded column) only makes the matching column of Q arbitrary.
@@ -65,7 +77,8 @@ def orthonormalize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
       Q of shape `(..., m, min(m, k))` and R of shape `(..., min(m, k), k)`.
     """
     q, r = _each_matrix(lambda y: tuple(jnp.linalg.qr(y, mode="reduced")), x)
-    return q, r
+    sign = signs(jnp.diagonal(r, axis1=-2, axis2=-1))[..., : q.shape[-1]]
+    return q * sign[..., None, :], r * sign[..., :, None]
 
 
 def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -111,9 +124,10 @@ def newton_schulz(x: jax.Array, steps: int) -> jax.Array:
       Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
-    # The guard only matters for a zero matrix, where it avoids 0 / 0.
-    x = x / jnp.maximum(norm, jnp.finfo(x.dtype).tiny)
+    # The guard only matters for a zero matrix, where it avoids 0 / 0. Entries are brought to the order of 1 first,
+    # so that no square vanishes.
+    x = x / jnp.maximum(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True), jnp.finfo(x.dtype).tiny)
+    x = x / jnp.maximum(norm(x)[..., None, None], 1.0)
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else transpose(x)
     for _ in range(steps):

@@ -126,14 +126,16 @@ def is_lowrank(x: Any) -> bool:
 
 def flatten(W: LowRank) -> LowRank:
     """The same kernel with one input and one output axis: U `(batch..., m, r)`, V `(batch..., n, r)`."""
-    batch, r = W.batch_shape, W.rank
-    return LowRank(W.U.reshape(*batch, -1, r), W.S, W.V.reshape(*batch, -1, r))
+    m, n = math.prod(W.in_shape), math.prod(W.out_shape)
+    u, v = (*W.batch_shape, m, W.U.shape[-1]), (*W.batch_shape, n, W.V.shape[-1])
+    return LowRank(W.U.reshape(u), W.S, W.V.reshape(v))
 
 
 def unflatten(W: LowRank, like: LowRank) -> LowRank:
     """Gives the factors of a flattened kernel the axes of `like` (their width may differ)."""
-    r, batch = W.rank, like.batch_shape
-    return LowRank(W.U.reshape(*batch, *like.in_shape, r), W.S, W.V.reshape(*batch, *like.out_shape, r))
+    batch = like.batch_shape
+    u, v = (*batch, *like.in_shape, W.U.shape[-1]), (*batch, *like.out_shape, W.V.shape[-1])
+    return LowRank(W.U.reshape(u), W.S, W.V.reshape(v))
 
 
 def cast_like(W: LowRank, like: LowRank) -> LowRank:

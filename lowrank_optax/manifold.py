@@ -120,10 +120,10 @@ def make_horizontal(W: LowRank, xi: LowRank, active: jax.Array) -> LowRank:
     return LowRank(xi.U - u @ (transpose(u) @ xi.U), xi.S, xi.V - v @ (transpose(v) @ xi.V))
 
 
-def inner(x: LowRank, y: LowRank) -> jax.Array:
-    """The inner product of two tangent triples, which is that of the matrices, `(batch...)`."""
-    u, s, v = (jnp.sum(a * b, axis=(-2, -1)) for a, b in ((x.U, y.U), (x.S, y.S), (x.V, y.V)))
-    return u + s + v
+def norm(xi: LowRank) -> jax.Array:
+    """The norm of a tangent triple, which is that of the matrix, `(batch...)`."""
+    parts = jnp.stack([linalg.norm(x) for x in (xi.U, xi.S, xi.V)], axis=-1)
+    return linalg.norm(parts[..., None, :])
 
 
 class Frame(NamedTuple):
@@ -146,36 +146,37 @@ class Frame(NamedTuple):
     right_new: jax.Array
 
 
-def augment(W: LowRank, xi: LowRank, rank: jax.Array, width: int | None = None) -> Frame:
+def augment(W: LowRank, xi: LowRank, rank: jax.Array, width: int) -> Frame:
     """Orthonormal bases of the spans of [U, U_p] and [V, V_p], by one Householder QR each.
+
+    Columns come in order: the k of the basis, as many new directions as fit, arbitrary orthonormal ones in the
+    place of padding. The order matters to elementwise optimizers, which must not see padding mixed into U_p.
 
     Args:
       W: kernel in the canonical gauge.
       xi: triple (U_p, M, V_p); M is not used.
       rank: `(batch...)` number k of columns of the kernel that are not padding.
-      width: None for a frame of 2r columns in no particular order. Otherwise the frame has this many columns:
-        the k of the basis, as many new directions as fit, arbitrary orthonormal ones.
+      width: columns of the frame, r to 2r; with fewer than 2k some new directions are left out.
 
     Returns:
       The frame, with at most m (or n) columns.
     """
     r = W.rank
+    shape = (*rank.shape, width)
+    j = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+    k = rank[..., None]
+    # Column j of the frame is U_j below k, new direction j - k below 2k, and zero from there on.
+    source = jnp.where(j < k, j, jnp.minimum(j - k + r, 2 * r - 1))[..., None, :]
+    # New direction i is column k + i of the frame.
+    target = jnp.minimum(k + j[..., :r], width - 1)[..., None, :]
     active = linalg.leading(rank, r)[..., None, :]
+    fits = active & (k + j[..., :r] < width)[..., None, :]
 
     def extend(basis: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        basis = jnp.where(active, basis, 0.0)
-        columns = jnp.concatenate([basis, new], axis=-1)
-        if width is None:
-            q, x = linalg.orthonormalize(columns)
-            return q, x[..., :r], x[..., r:]
-        shape = (*rank.shape, min(width, basis.shape[-2]))
-        j = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
-        k = rank[..., None]
-        # Column j is U_j below k, new direction j - k below 2k, and zero from there on.
-        source = jnp.where(j < k, j, jnp.minimum(j - k + r, 2 * r - 1))[..., None, :]
-        picked = jnp.take_along_axis(columns, source, axis=-1)
-        q, _ = linalg.orthonormalize(jnp.where((j < 2 * k)[..., None, :], picked, 0.0))
-        return q, transpose(q) @ basis, transpose(q) @ new
+        columns = jnp.take_along_axis(jnp.concatenate([basis, new], axis=-1), source, axis=-1)
+        q, x = linalg.orthonormalize(jnp.where((j < 2 * k)[..., None, :], columns, 0.0))
+        left_new = jnp.take_along_axis(x, target, axis=-1)
+        return q, jnp.where(active, x[..., :r], 0.0), jnp.where(fits, left_new, 0.0)
 
     u, left, left_new = extend(W.U, xi.U)
     v, right, right_new = extend(W.V, xi.V)
@@ -185,7 +186,7 @@ def augment(W: LowRank, xi: LowRank, rank: jax.Array, width: int | None = None) 
 def augmented_block(S: jax.Array, rank: jax.Array) -> jax.Array:
     """Mask, of the shape of S, of the coefficients between the k basis columns and k new directions.
 
-    For a frame with its columns in order (`width` given to `augment`); the rest is padding.
+    The rest is padding.
     """
     rows = linalg.leading(2 * rank, S.shape[-2])[..., :, None]
     return rows & linalg.leading(2 * rank, S.shape[-1])[..., None, :]
@@ -261,8 +262,7 @@ def align(retraction: Retraction, overlap: jax.Array) -> Retraction:
       retraction: the retraction.
       overlap: `U_frame^T U_old`, `(batch..., p, r)`.
     """
-    sign = jnp.sum(retraction.left * overlap, axis=-2, keepdims=True)
-    sign = jnp.where(sign < 0, -1.0, 1.0).astype(overlap.dtype)
+    sign = linalg.signs(jnp.sum(retraction.left * overlap, axis=-2, keepdims=True))
     return retraction._replace(left=retraction.left * sign, right=retraction.right * sign)
 
 

@@ -12,8 +12,12 @@ import optax
 
 from lowrank_optax import linalg
 from lowrank_optax.lowrank import LowRank, flatten, is_lowrank, unflatten
+from lowrank_optax.rank import RankPolicy
 from lowrank_optax.transforms import fixed_rank
 
+Momentum = Literal["coefficient", "tangent"]
+Gradient = Literal["projected", "galerkin"]
+Retraction = Literal["svd", "bug"]
 ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
 Mask = Any | Callable[[optax.Params], Any] | None
 
@@ -26,8 +30,13 @@ def lowrank_heavy_ball(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     accumulator_dtype: Any = None,
-    momentum_space: Literal["coefficient", "tangent"] = "coefficient",
-    **geometry: Any,
+    momentum_space: Momentum = "coefficient",
+    gradient: Gradient = "projected",
+    local_steps: int = 1,
+    retraction: Retraction = "svd",
+    rank: RankPolicy | None = None,
+    move_ordinary: bool = False,
+    ordinary: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Low-rank heavy ball: stochastic gradient descent with momentum on the fixed-rank manifold.
 
@@ -43,7 +52,12 @@ def lowrank_heavy_ball(
       mask: leaves to decay, as in `optax.add_decayed_weights`; it sees one matrix at the place of a kernel.
       accumulator_dtype: dtype of the momentum; default float32 or that of the parameters, whichever is wider.
       momentum_space: "coefficient" or "tangent", the argument `momentum` of `fixed_rank`.
-      **geometry: `gradient`, `local_steps`, `retraction`, `rank`, `ordinary`, ... of `fixed_rank`.
+      gradient: "projected" or "galerkin", see `fixed_rank`.
+      local_steps: coefficient steps of a galerkin loop.
+      retraction: "svd" or "bug".
+      rank: rank policy; None keeps ranks.
+      move_ordinary: whether ordinary leaves move on the augmenting call of a galerkin loop.
+      ordinary: transformation for ordinary leaves; default the same.
 
     Returns:
       An Optax transformation. State of a kernel: r^2 numbers (coefficient) or r (m + n) + r^2 (tangent).
@@ -61,7 +75,16 @@ def lowrank_heavy_ball(
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return fixed_rank(inner, momentum=momentum_space, **geometry)
+    return fixed_rank(
+        inner,
+        momentum=momentum_space,
+        gradient=gradient,
+        local_steps=local_steps,
+        retraction=retraction,
+        rank=rank,
+        move_ordinary=move_ordinary,
+        ordinary=ordinary,
+    )
 
 
 def lowrank_adam(
@@ -75,7 +98,13 @@ def lowrank_adam(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     nesterov: bool = False,
-    **geometry: Any,
+    momentum: Momentum = "coefficient",
+    gradient: Gradient = "projected",
+    local_steps: int = 1,
+    retraction: Retraction = "svd",
+    rank: RankPolicy | None = None,
+    move_ordinary: bool = False,
+    ordinary: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Low-rank Adam.
 
@@ -99,7 +128,13 @@ def lowrank_adam(
       weight_decay: decoupled decay of W (and of ordinary leaves), as in `optax.adamw`; times the step size.
       mask: leaves to decay, as in `optax.adamw`; it sees one matrix at the place of a kernel.
       nesterov: whether to use Nesterov's momentum.
-      **geometry: `momentum`, `gradient`, `local_steps`, `retraction`, `rank`, `ordinary`, ... of `fixed_rank`.
+      momentum: "coefficient" or "tangent", see `fixed_rank`.
+      gradient: "projected" or "galerkin", see `fixed_rank`.
+      local_steps: coefficient steps of a galerkin loop.
+      retraction: "svd" or "bug".
+      rank: rank policy; None keeps ranks.
+      move_ordinary: whether ordinary leaves move on the augmenting call of a galerkin loop.
+      ordinary: transformation for ordinary leaves; default the same.
 
     Returns:
       An Optax transformation. State of a kernel: 2 r^2 numbers with `momentum="coefficient"`, twice
@@ -114,7 +149,16 @@ def lowrank_adam(
       arXiv:2506.17475, low-rank Adam.
     """
     inner = optax.adamw(learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov)
-    return fixed_rank(inner, **geometry)
+    return fixed_rank(
+        inner,
+        momentum=momentum,
+        gradient=gradient,
+        local_steps=local_steps,
+        retraction=retraction,
+        rank=rank,
+        move_ordinary=move_ordinary,
+        ordinary=ordinary,
+    )
 
 
 def lowrank_adamw(
@@ -128,7 +172,13 @@ def lowrank_adamw(
     mask: Mask = None,
     *,
     nesterov: bool = False,
-    **geometry: Any,
+    momentum: Momentum = "coefficient",
+    gradient: Gradient = "projected",
+    local_steps: int = 1,
+    retraction: Retraction = "svd",
+    rank: RankPolicy | None = None,
+    move_ordinary: bool = False,
+    ordinary: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`lowrank_adam` with the signature and the default weight decay of `optax.adamw`.
 
@@ -142,7 +192,13 @@ def lowrank_adamw(
       weight_decay: decoupled decay of W and of ordinary leaves.
       mask: leaves to decay.
       nesterov: whether to use Nesterov's momentum.
-      **geometry: `momentum`, `gradient`, `local_steps`, `retraction`, `rank`, `ordinary`, ... of `fixed_rank`.
+      momentum: "coefficient" or "tangent", see `fixed_rank`.
+      gradient: "projected" or "galerkin", see `fixed_rank`.
+      local_steps: coefficient steps of a galerkin loop.
+      retraction: "svd" or "bug".
+      rank: rank policy; None keeps ranks.
+      move_ordinary: whether ordinary leaves move on the augmenting call of a galerkin loop.
+      ordinary: transformation for ordinary leaves; default the same.
 
     Returns:
       An Optax transformation.
@@ -162,7 +218,13 @@ def lowrank_adamw(
         weight_decay=weight_decay,
         mask=mask,
         nesterov=nesterov,
-        **geometry,
+        momentum=momentum,
+        gradient=gradient,
+        local_steps=local_steps,
+        retraction=retraction,
+        rank=rank,
+        move_ordinary=move_ordinary,
+        ordinary=ordinary,
     )
 
 
@@ -178,7 +240,12 @@ def lowrank_muon(
     adam_b1: float | jax.Array = 0.9,
     adam_b2: float | jax.Array = 0.999,
     adam_weight_decay: float | jax.Array = 0.0,
-    **geometry: Any,
+    momentum: Momentum = "coefficient",
+    gradient: Gradient = "projected",
+    local_steps: int = 1,
+    retraction: Retraction = "svd",
+    rank: RankPolicy | None = None,
+    move_ordinary: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Low-rank Muon: the momentum of a kernel is orthogonalised before it is applied.
 
@@ -203,7 +270,12 @@ def lowrank_muon(
       adam_b1: decay of its first moment.
       adam_b2: decay of its second moment.
       adam_weight_decay: its decay.
-      **geometry: `momentum`, `gradient`, `local_steps`, `retraction`, `rank`, ... of `fixed_rank`.
+      momentum: "coefficient" or "tangent", see `fixed_rank`.
+      gradient: "projected" or "galerkin", see `fixed_rank`.
+      local_steps: coefficient steps of a galerkin loop.
+      retraction: "svd" or "bug".
+      rank: rank policy; None keeps ranks.
+      move_ordinary: whether ordinary leaves move on the augmenting call of a galerkin loop.
 
     Returns:
       An Optax transformation. State of a kernel: r^2 numbers, or r (m + n) + r^2 with `momentum="tangent"`.
@@ -229,8 +301,16 @@ def lowrank_muon(
         adam_b2,
         weight_decay=adam_weight_decay,
     )
-    geometry.setdefault("ordinary", adam)
-    return fixed_rank(inner, **geometry)
+    return fixed_rank(
+        inner,
+        momentum=momentum,
+        gradient=gradient,
+        local_steps=local_steps,
+        retraction=retraction,
+        rank=rank,
+        move_ordinary=move_ordinary,
+        ordinary=adam,
+    )
 
 
 def orthogonalize(ns_steps: int = 5) -> optax.GradientTransformationExtraArgs:

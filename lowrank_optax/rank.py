@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -69,18 +70,24 @@ class _Budget(RankPolicy):
     def choose(self, spectra: Sequence[Spectrum]) -> list[jax.Array]:
         if not spectra:
             return []
+        # Energies are relative to the largest, so that squares neither overflow nor vanish. Costs are integers, in
+        # units that keep their sum below 2^31: exact for budgets up to 2^30.
+        top = functools.reduce(jnp.maximum, [jnp.max(s.sigma) for s in spectra])
+        unit = -(-self.parameters // 2**30)
         gains, costs = [], []
         for s in spectra:
-            sigma = s.sigma[..., : s.width]
-            index = jax.lax.broadcasted_iota(sigma.dtype, sigma.shape, sigma.ndim - 1)
+            sigma = s.sigma[..., : s.width] / jnp.where(top > 0, top, 1.0)
+            index = jax.lax.broadcasted_iota(jnp.int32, sigma.shape, sigma.ndim - 1)
             cost = sum(s.shape) + 2 * index + 1  # r (m + n) + r^2, the growth from r = index to index + 1
             gain = jnp.where(index < self.min_rank, jnp.inf, jnp.square(sigma) / cost)
             gains.append(gain.reshape(-1))
-            costs.append(cost.reshape(-1))
+            costs.append(-(-cost // unit).reshape(-1))
         gain, cost = jnp.concatenate(gains), jnp.concatenate(costs)
         # Within a kernel the gain falls and the cost rises, so a stable sort keeps every kernel's order.
         order = jnp.argsort(-gain, stable=True)
-        fits = jnp.cumsum(cost[order]) <= self.parameters
+        most = self.parameters // unit + 1
+        total = jax.lax.associative_scan(lambda a, b: jnp.minimum(a + b, most), cost[order])
+        fits = total < most
         keep = jnp.zeros(gain.shape, bool).at[order].set(fits & (gain[order] > 0))
         keep = keep | jnp.isinf(gain)
         ranks, start = [], 0

@@ -131,10 +131,8 @@ def _plan(name: str, W: LowRank, rank: Rank | None) -> _Move:
 
 def _owner(path: Any, moves: dict[Any, _Move]) -> _Move | None:
     """The kernel whose path ends the path of a leaf of the state."""
-    for end, move in moves.items():
-        if tuple(path)[len(path) - len(end) :] == end:
-            return move
-    return None
+    ends = [end for end in moves if tuple(path)[len(path) - len(end) :] == end]
+    return moves[max(ends, key=len)] if ends else None
 
 
 def _resize_state(state: FixedRankState, moves: dict[Any, _Move]) -> FixedRankState:

@@ -104,7 +104,14 @@ def _augmented(state: State, G: Array) -> tuple[Array, Array]:
     U, V = state.U, state.V
     U_p = G @ V - U @ (U.T @ G @ V)
     V_p = G.T @ U - V @ (V.T @ G.T @ U)
-    return np.linalg.qr(np.hstack([U, U_p]))[0], np.linalg.qr(np.hstack([V, V_p]))[0]
+    return _qr(np.hstack([U, U_p])), _qr(np.hstack([V, V_p]))
+
+
+def _qr(X: Array) -> Array:
+    """Q of the thin QR with a non-negative diagonal of R, so that the first columns of
+    [U, U_perp] (section 3) are those of U and not their negatives."""
+    Q, R = np.linalg.qr(X)
+    return Q * np.where(np.diag(R) < 0, -1.0, 1.0)[: Q.shape[1]]
 
 
 def _carry(N: Array, v: Array, A: Array, B: Array) -> tuple[Array, Array]:

@@ -185,8 +185,7 @@ def loss(params: dict[str, Any], data: Data) -> jax.Array:
     return jnp.sum(H * D**2) / 2 + c * jnp.sum(D**4) / 4
 
 
-# Compilation is most of the time of this file; unoptimised code computes the same to rounding.
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 0})
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _descend(kind: str, steps: int, params: Any, data: Data, h: Any, theta: Any, beta: Any) -> tuple[Any, jax.Array]:
     tx = optimizer(kind, h, theta, beta)
 
@@ -371,7 +370,7 @@ def distance(kind: str, h: float, small: float, width: int = 4, theta: float | N
 
 
 # Measured with tangent momentum for h = 0.1, 0.05, 0.025, 0.0125 (and 0.0016): 1.76e-2, 1.06e-2, 6.2e-3, 3.4e-3
-# (4.7e-4), order one in the limit. With coefficient momentum, which drops what leaves the kept bases in every truncation:
+# (4.7e-4), order one in the limit. With coefficient momentum, where every truncation drops what leaves the bases:
 # 5.4e-2, 3.9e-2, 2.7e-2, 1.8e-2 (6.2e-3), order one half: at fixed rank truncation is not small against h.
 @pytest.mark.parametrize(
     ("kind", "bound", "ratio"),

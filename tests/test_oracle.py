@@ -17,9 +17,6 @@ import lowrank_optax as lro
 from tests import oracle, problems
 from tests.problems import LAYOUTS, Layout, Problem
 
-# Compilation is most of the time of this file; unoptimised code computes the same to rounding.
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
-
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -61,7 +58,7 @@ THETA = 0.12
 THETAS = (1e-3, 0.7, 0.1)  # one after the other they grow every kernel to R_MAX and cut it down again
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
+@functools.partial(jax.jit, static_argnums=0)
 def update(case: Case, params: Any, state: Any, data: Any, h: Any, eps: Any, theta: Any) -> tuple[Any, Any]:
     """One call of `update`; hyperparameters are arguments, so that one compilation serves many tests."""
     tx = case.transform(h, eps, theta)
@@ -135,7 +132,9 @@ def to_library(
         jnp.asarray(np.stack([embed(x, width) for x in xs]).reshape(*layout.batch, width, width), dtype)
         for xs in ([s.N for s in states], [s.v for s in states])
     )
-    state = case.transform(0.1, 1e-6, THETA).init(params)
+    # Shapes and dtypes only: a compilation of `init` for every layout would take longer than the steps.
+    shapes = jax.eval_shape(case.transform(0.1, 1e-6, THETA).init, params)
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     first, *rest = state.inner_state
     if case.method == "adam":
         count = jnp.asarray(states[0].t, jnp.int32)
@@ -489,7 +488,7 @@ def dense_heavy_ball(
     return out
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=FAST_COMPILE)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def geometry_update(momentum: str, retraction: str, params: Any, state: Any, data: Any) -> tuple[Any, Any]:
     tx = lro.lowrank_heavy_ball(0.1, BETA, momentum_space=momentum, retraction=retraction)
     updates, state = tx.update(jax.grad(lambda p: problems.loss(p, data))(params), state, params)

@@ -188,21 +188,17 @@ def keep_kernels(
 
 
 def check_carries(inner: optax.GradientTransformation, state: optax.OptState, split: Split, views: Any) -> None:
-    """Raises if `inner` keeps state for kernels that no change of basis can act on."""
+    """Raises ValueError if the mirrors of kernels in `state` have not the shapes of the coordinates `views`."""
     shapes = functools.partial(jax.tree.map, jnp.shape)
+    pairs = zip(split.each(split.places()), split.each(views), strict=True)
+    expected = {place: shapes(view) for place, view in pairs}
     try:
         _, slots = _lift(inner, state, split, ())
-        pairs = zip(split.each(split.places()), split.each(views), strict=True)
-        expected = {place: shapes(view) for place, view in pairs}
-        for place, _, value in slots:
-            if shapes(value) != expected[place]:
-                raise ValueError(
-                    f"it holds an array of shape {shapes(value)} for a kernel whose coordinates have shape "
-                    f"{expected[place]}"
-                )
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            "fixed_rank cannot carry the state of this inner transformation between bases: its leaves must "
-            "mirror the parameters in shape, or be scalars. Factored second moments (adafactor, sm3) do not; "
-            f"use adam, rmsprop, lion, sgd or another elementwise transformation. Cause: {error}"
-        ) from error
+        raise ValueError(f"its leaves do not mirror the parameters: {error}") from error
+    for place, _, value in slots:
+        if shapes(value) != expected[place]:
+            raise ValueError(
+                f"it holds an array of shape {shapes(value)} for a kernel whose coordinates have shape "
+                f"{expected[place]}"
+            )

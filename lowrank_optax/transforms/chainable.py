@@ -108,7 +108,7 @@ def retract(method: Literal["svd", "bug"] = "svd") -> optax.GradientTransformati
         x = mf.rotate_tangent(flatten(xi.astype(C.U.dtype)), p, q)
         x = mf.make_horizontal(C, x, active)
         rank = jnp.sum(active, axis=-1, dtype=jnp.int32)
-        frame = mf.augment(C, x, rank)
+        frame = mf.augment(C, x, rank, 2 * C.rank)
         y = mf.congruence(C.S, frame.left, frame.right) + mf.coefficients(frame, x)
         point = mf.retract_bug(y, frame, active) if method == "bug" else mf.retract_svd(y, W.rank)
         new = unflatten(mf.assemble(frame, mf.align(point, frame.left), rank), W)
@@ -150,11 +150,10 @@ def tangent_norm(params: Any, grads: Any) -> jax.Array:
     """
     check_gradients(grads, params)
 
-    def square(W: Any, g: Any) -> jax.Array:
+    def norm(W: Any, g: Any) -> jax.Array:
         if is_lowrank(W):
-            xi = flatten(tangent_gradient(W, g))
-            return jnp.sum(mf.inner(xi, xi))
-        return jnp.sum(jnp.square(g.astype(linalg.working_dtype(g))))
+            return linalg.norm(mf.norm(flatten(tangent_gradient(W, g))).reshape(1, -1))
+        return linalg.norm(g.astype(linalg.working_dtype(g)).reshape(1, -1))
 
-    squares = jax.tree.map(square, params, grads, is_leaf=is_lowrank)
-    return jnp.sqrt(sum(jax.tree.leaves(squares), jnp.zeros(())))
+    norms = jax.tree.leaves(jax.tree.map(norm, params, grads, is_leaf=is_lowrank))
+    return linalg.norm(jnp.stack(norms)[None]) if norms else jnp.zeros(())

@@ -12,11 +12,11 @@ import optax
 from lowrank_optax import linalg
 from lowrank_optax import manifold as mf
 from lowrank_optax import rank as rank_lib
-from lowrank_optax.lowrank import LowRank, cast_like, flatten, is_lowrank, unflatten
+from lowrank_optax.lowrank import LowRank, cast_like, flatten, unflatten
 from lowrank_optax.transforms import steps as st
 from lowrank_optax.transforms.carry import SECOND_MOMENTS, check_carries
 from lowrank_optax.transforms.checks import check_gradients, check_kernels
-from lowrank_optax.transforms.split import Split
+from lowrank_optax.transforms.split import Split, is_kernel
 
 
 class FixedRankState(NamedTuple):
@@ -152,16 +152,19 @@ def fixed_rank(
     galerkin = gradient == "galerkin"
 
     def method_for(params: Any) -> st.Method:
-        tx = inner
+        tx, kernel_tx = inner, None
         if ordinary is not None:
-            labels = jax.tree.map(_label, params, is_leaf=is_lowrank)
+            labels = jax.tree.map(lambda x: "kernel" if is_kernel(x) else "ordinary", params, is_leaf=is_kernel)
             tx = optax.partition({"kernel": inner, "ordinary": ordinary}, labels)
+            kernel_tx = optax.masked(inner, jax.tree.map(lambda label: label == "kernel", labels))
         return st.Method(
-            optax.with_extra_args_support(tx),
-            policy,
-            retraction,
-            momentum == "tangent",
-            second_moments,
+            inner=optax.with_extra_args_support(tx),
+            kernel_inner=kernel_tx,
+            policy=policy,
+            retraction=retraction,
+            tangent=momentum == "tangent",
+            in_place=galerkin,
+            second_moments=second_moments,
         )
 
     def init(params: Any) -> FixedRankState:
@@ -173,11 +176,17 @@ def fixed_rank(
         inner_state = method.inner.init(views)
         kernels: Any = jnp.zeros((), jnp.int32)
         if split:
-            check_carries(method.inner, inner_state, split, views)
+            try:
+                check_carries(*method.kernel_part(inner_state), split, views)
+            except ValueError as error:
+                raise ValueError(
+                    "fixed_rank cannot carry the state of this inner transformation between bases: its leaves must "
+                    "mirror the parameters in shape, or be scalars. Factored second moments (adafactor, sm3) do not; "
+                    f"use adam, rmsprop, lion, sgd or another elementwise transformation. Cause: {error}"
+                ) from error
             states = (_kernel_state(W, galerkin) for W in split.kernels(work))
             kernels = split.merge(states, [None] * split.ordinary_count)
-        zero = jnp.zeros((), jnp.int32)
-        return FixedRankState(inner_state, kernels, zero, zero)
+        return FixedRankState(inner_state, kernels, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
     def update(
         updates: Any,
@@ -189,6 +198,7 @@ def fixed_rank(
     ) -> tuple[Any, FixedRankState]:
         check_gradients(updates, params)
         method, split = method_for(params), Split(params)
+        _check_state(method, split, state, params)
         extra = {**extra_args, "kernels": params}
         finite = linalg.all_finite(split.ordinary(updates))
         if not split:
@@ -224,34 +234,48 @@ def fixed_rank(
 
 
 def _values(params: Any) -> Any:
-    """`nnx.Optimizer` gives `init` a tree of variables and `update` one of their values: this makes it the latter."""
+    """Parameters as arrays: `nnx.Optimizer` gives `init` variables (and `update` their values), others only shapes."""
 
-    def is_variable(x: Any) -> bool:
+    def is_leaf(x: Any) -> bool:
         return hasattr(x, "get_raw_value")
 
-    return jax.tree.map(lambda x: x.get_raw_value() if is_variable(x) else x, params, is_leaf=is_variable)
+    def value(x: Any) -> Any:
+        x = x.get_raw_value() if is_leaf(x) else x
+        return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+
+    return jax.tree.map(value, params, is_leaf=is_leaf)
 
 
-def _label(x: Any) -> str:
-    return "kernel" if is_lowrank(x) else "ordinary"
+def _check_state(method: st.Method, split: Split, state: Any, params: Any) -> None:
+    try:
+        if not isinstance(state, FixedRankState):
+            raise ValueError(f"it is a {type(state).__name__}")
+        if split:
+            split.each(state.kernels)
+            views = jax.eval_shape(lambda Ws: [method.view(flatten(W)) for W in Ws], split.each(params))
+            places = split.merge_each(views, split.ordinary(params))
+            check_carries(*method.kernel_part(state.inner_state), split, places)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            "the optimizer state does not belong to these parameters and this optimizer: make it with tx.init(params), "
+            f"and change the width of factors with lowrank_optax.resize, which changes both. Cause: {error}"
+        ) from error
 
 
 def _kernel_state(W: LowRank, galerkin: bool) -> st.KernelState:
-    """The rank is the number of non-zero singular values; a zero kernel may use its whole width."""
-    most = W.rank // 2 if galerkin else W.rank
-    count = mf.rank(W)
-    rank = jnp.where(count == 0, most, jnp.minimum(count, most)).astype(jnp.int32)
-    zero = jnp.zeros(W.batch_shape, W.S.dtype)
-    return st.KernelState(rank, zero, zero)
+    """The rank is the number of non-zero singular values; a zero kernel may use all columns that there is room for."""
+    most, count = max(1, W.rank // 2) if galerkin else W.rank, mf.rank(W)
+    rank = jnp.where(count == 0, most, count).astype(jnp.int32)
+    return st.KernelState(rank, *(jnp.zeros(W.batch_shape, W.S.dtype) for _ in range(2)))
 
 
 def _working(tree: Any, params: Any) -> Any:
     """`tree` with its kernels flattened and in the working dtype of the parameters."""
 
     def one(p: Any, x: Any) -> Any:
-        return flatten(x.astype(linalg.working_dtype(p.U, p.S, p.V))) if is_lowrank(p) else x
+        return flatten(x.astype(linalg.working_dtype(p.U, p.S, p.V))) if is_kernel(p) else x
 
-    return jax.tree.map(one, params, tree, is_leaf=is_lowrank)
+    return jax.tree.map(one, params, tree, is_leaf=is_kernel)
 
 
 def _gradients_at(grad_fn: Any, params: Any, split: Split, point: Any) -> Any:
@@ -293,9 +317,9 @@ def _differences(params: Any, moved: Any) -> Any:
     """new - old for every factor, in its dtype; the updates of ordinary leaves as they are."""
 
     def one(old: Any, new: Any) -> Any:
-        if not is_lowrank(old):
+        if not is_kernel(old):
             return new
         new = cast_like(unflatten(new, old), old)
         return LowRank(new.U - old.U, new.S - old.S, new.V - old.V)
 
-    return jax.tree.map(one, params, moved, is_leaf=is_lowrank)
+    return jax.tree.map(one, params, moved, is_leaf=is_kernel)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lowrank_optax import linalg
 from lowrank_optax.lowrank import LowRank, is_lowrank
@@ -38,14 +39,14 @@ class Split:
 
     def __init__(self, params: Any):
         treedef: Any
-        leaves, treedef = jax.tree.flatten(params, is_leaf=is_lowrank)
+        leaves, treedef = jax.tree.flatten(params, is_leaf=is_kernel)
         groups: dict[Any, list[int]] = {}
         for i, leaf in enumerate(leaves):
-            if is_lowrank(leaf):
+            if is_kernel(leaf):
                 groups.setdefault(_key(leaf), []).append(i)
         self._treedef = treedef
         self._groups = list(groups.values())
-        self._ordinary = [i for i, leaf in enumerate(leaves) if not is_lowrank(leaf)]
+        self._ordinary = [i for i, leaf in enumerate(leaves) if not is_kernel(leaf)]
 
     def __bool__(self) -> bool:
         return bool(self._groups)
@@ -96,10 +97,13 @@ class Split:
 
 def _key(W: LowRank) -> Any:
     """What flattened kernels must share to be stacked."""
-    if not hasattr(W.S, "shape"):
-        return None
     dtype = linalg.working_dtype(W.U, W.S, W.V)
     return math.prod(W.in_shape), math.prod(W.out_shape), W.S.shape, dtype
+
+
+def is_kernel(x: Any) -> bool:
+    """True for a `LowRank` of arrays. One of `optax.MaskedNode`, which a mask leaves behind, is no kernel."""
+    return is_lowrank(x) and not any(isinstance(y, optax.MaskedNode) for y in (x.U, x.S, x.V))
 
 
 def stack(trees: list[Any]) -> Any:

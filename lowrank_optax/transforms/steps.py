@@ -48,21 +48,51 @@ class KernelState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """The options of `fixed_rank` that a step needs."""
+    """The options of `fixed_rank` that a step needs.
+
+    Attributes:
+      inner: the transformation of the whole tree.
+      kernel_inner: the part of it for kernels, where ordinary leaves have a transformation of their own; else None.
+      policy: chooses ranks.
+      retraction: "svd" or "bug".
+      tangent: whether moments are tangent vectors.
+      in_place: whether bases are augmented within the width of the factors.
+      second_moments: fields of the inner state that hold squares.
+    """
 
     inner: optax.GradientTransformationExtraArgs
+    kernel_inner: optax.GradientTransformation | None
     policy: RankPolicy
     retraction: str
     tangent: bool
+    in_place: bool
     second_moments: tuple[str, ...]
 
     def carry(self, state: Any, split: Split, changes: list[Change]) -> tuple[Any, jax.Array]:
         """The inner state in new bases, and whether it is finite."""
-        return carry(self.inner, state, split, changes, self.second_moments)
+        tx, part = self.kernel_part(state)
+        moved, finite = carry(tx, part, split, changes, self.second_moments)
+        return self._with_kernel_part(state, moved), finite
 
     def finite(self, state: Any, split: Split) -> jax.Array:
         """Whether the mirrors of kernels in the inner state are finite."""
-        return mirrors_finite(self.inner, state, split)
+        return mirrors_finite(*self.kernel_part(state), split)
+
+    def keep_kernels(self, old: Any, new: Any, split: Split) -> Any:
+        """The inner state `new` with the mirrors of kernels of `old`."""
+        tx, part = self.kernel_part(new)
+        return self._with_kernel_part(new, keep_kernels(tx, self.kernel_part(old)[1], part, split))
+
+    def kernel_part(self, state: Any) -> tuple[optax.GradientTransformation, Any]:
+        """The transformation of the kernels and its state."""
+        if self.kernel_inner is None:
+            return self.inner, state
+        return self.kernel_inner, state.inner_states["kernel"]
+
+    def _with_kernel_part(self, state: Any, part: Any) -> Any:
+        if self.kernel_inner is None:
+            return part
+        return state._replace(inner_states={**state.inner_states, "kernel": part})
 
     def view(self, W: LowRank) -> Any:
         """What the inner transformation sees of a kernel: W as a coefficient matrix or as a tangent vector."""
@@ -133,8 +163,11 @@ def _finish(
         for W, t, k in zip(Ws, tries, ks, strict=True)
     ]
     new, states, changes = [], [], []
-    for W, frame, t, rank, norm in zip(Ws, frames, tries, method.policy.choose(spectra), norms, strict=True):
-        rank = jnp.minimum(rank, W.rank).astype(jnp.int32)
+    chosen = method.policy.choose(spectra)
+    for W, frame, t, k, rank, norm in zip(Ws, frames, tries, ks, chosen, norms, strict=True):
+        # A galerkin loop begins with new directions, as many as the rank: growth leaves room for them.
+        most = jnp.maximum(k.rank, W.rank // 2) if method.in_place else W.rank
+        rank = jnp.minimum(rank, most).astype(jnp.int32)
         kept = linalg.leading(rank, W.rank)[..., None, :]
         new.append(mf.assemble(frame, t, rank))
         states.append(KernelState(rank, norm, relative_tail(t.spectrum, rank)))
@@ -166,9 +199,7 @@ def coefficient_step(
     """
     Ws, ks = split.kernels(point.params), split.kernels(point.kernels)
     xis = [_project(W, g, k) for W, g, k in zip(Ws, split.kernels(grads), ks, strict=True)]
-    frames = [
-        mf.augment(W, xi, k.rank, None if grad_fn is None else 2 * W.rank) for W, xi, k in zip(Ws, xis, ks, strict=True)
-    ]
+    frames = [mf.augment(W, xi, k.rank, 2 * W.rank) for W, xi, k in zip(Ws, xis, ks, strict=True)]
     S = [mf.congruence(W.S, f.left, f.right) for W, f in zip(Ws, frames, strict=True)]
     changes = [coefficient_change(f.left, f.right) for f in frames]
     inner_state, _ = method.carry(point.inner_state, split, changes)
@@ -192,7 +223,7 @@ def coefficient_step(
         end = split.ordinary(now.params)
         updates = [b - a for a, b in zip(ordinary, end, strict=True)]
 
-    norms = [jnp.sqrt(mf.inner(xi, xi)) for xi in xis]
+    norms = [mf.norm(xi) for xi in xis]
     new, states, changes = _finish(method, Ws, frames, ys, ks, norms)
     inner_state, finite = method.carry(inner_state, split, changes)
     finite &= point.finite & linalg.all_finite((new, norms))
@@ -213,12 +244,12 @@ def tangent_step(method: Method, split: Split, point: Point, grads: Any, extra: 
         mf.make_horizontal(W, d, linalg.leading(k.rank, W.rank))
         for W, d, k in zip(Ws, split.kernels(steps), ks, strict=True)
     ]
-    frames = [mf.augment(W, d, k.rank) for W, d, k in zip(Ws, directions, ks, strict=True)]
+    frames = [mf.augment(W, d, k.rank, 2 * W.rank) for W, d, k in zip(Ws, directions, ks, strict=True)]
     ys = [
         mf.congruence(W.S, f.left, f.right) + mf.coefficients(f, d)
         for W, f, d in zip(Ws, frames, directions, strict=True)
     ]
-    norms = [jnp.sqrt(mf.inner(xi, xi)) for xi in xis]
+    norms = [mf.norm(xi) for xi in xis]
     new, states, _ = _finish(method, Ws, frames, ys, ks, norms)
     changes = [
         transport_change(W, moved, linalg.leading(k.rank, W.rank)) for W, moved, k in zip(Ws, new, states, strict=True)
@@ -247,7 +278,7 @@ def augment_step(
             split.merge((W.S for W in Ws), split.ordinary(point.params)),
             **extra,
         )
-        inner_state = keep_kernels(method.inner, inner_state, after, split)
+        inner_state = method.keep_kernels(inner_state, after, split)
         updates = split.ordinary(steps)
 
     new, states, changes = [], [], []
@@ -255,7 +286,7 @@ def augment_step(
         xi = _project(W, g, k)
         frame = mf.augment(W, xi, k.rank, W.rank)
         new.append(LowRank(frame.U, mf.congruence(W.S, frame.left, frame.right), frame.V))
-        states.append(k._replace(gradient_norm=jnp.sqrt(mf.inner(xi, xi))))
+        states.append(k._replace(gradient_norm=mf.norm(xi)))
         changes.append(coefficient_change(frame.left, frame.right))
     inner_state, finite = method.carry(inner_state, split, changes)
     finite &= point.finite & linalg.all_finite((new, [k.gradient_norm for k in states]))
