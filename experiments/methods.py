@@ -102,9 +102,9 @@ METHODS: dict[str, Method] = {
     "lora": Method(3e-3, _lora, pair.apply, _adamw),
     "factors": Method(3e-3, _balanced, pair.apply, _adamw),
     "naive": Method(3e-3, _low_rank, lro.linen.apply, _adamw),
-    "lowrank_adam": Method(1.2e-2, _low_rank, lro.linen.apply, _lowrank_adam),
+    "lowrank_adam": Method(2.4e-2, _low_rank, lro.linen.apply, _lowrank_adam),
     "lowrank_heavy_ball": Method(0.3, _low_rank, lro.linen.apply, _lowrank_heavy_ball),
-    "lowrank_muon": Method(2e-2, _low_rank, lro.linen.apply, _lowrank_muon),
+    "lowrank_muon": Method(4e-2, _low_rank, lro.linen.apply, _lowrank_muon),
 }
 
 

@@ -35,19 +35,26 @@ from experiments.metrics import Metrics
 INTERRUPTED = 130  # the exit status of a shell command ended by Ctrl-C
 
 
-def create_state(config: Config, name: str, learning_rate: float) -> TrainState:
-    """The method's parameters and optimizer, from the dense weights that all methods share."""
+@functools.cache  # so that a second session in one process finds its programs compiled
+def build(config: Config, name: str) -> tuple[gpt.GPT, Callable[..., Any], optax.GradientTransformation]:
+    """The model, its apply function for the method's kernels, and the optimizer."""
     method, model = METHODS[name], gpt.GPT(config.model)
+    return model, method.apply(model), optimizer(method, learning_rate(config, name), config.settings)
+
+
+def learning_rate(config: Config, name: str) -> float:
+    return config.lr or METHODS[name].learning_rate
+
+
+def create_state(config: Config, name: str) -> TrainState:
+    """The method's parameters and optimizer, from the dense weights that all methods share."""
+    model, apply_fn, tx = build(config, name)
     key = jax.random.key(config.seed)
     tokens = jnp.zeros((1, config.context), jnp.int32)
     dense = jax.jit(model.init)(key, tokens)["params"]
-    state = TrainState.create(
-        apply_fn=method.apply(model),
-        params=method.factor(dense, config.rank, jax.random.fold_in(key, 1)),
-        tx=optimizer(method, learning_rate, config.settings),
-    )
-    state = state.replace(step=jnp.zeros((), jnp.int32))  # Flax's Python 0 would compile twice
-    return jax.tree.map(jnp.array, state)  # a buffer that is donated may occur only once
+    params = METHODS[name].factor(dense, config.rank, jax.random.fold_in(key, 1))
+    state = TrainState.create(apply_fn=apply_fn, params=params, tx=tx)
+    return state.replace(step=jnp.zeros((), jnp.int32))  # Flax's Python 0 would compile twice
 
 
 def loss_fn(apply_fn: Callable[..., Any], params: Any, windows: jax.Array) -> jax.Array:
@@ -92,13 +99,12 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 def train(config: Config, session: Session, name: str, corpus: text.Corpus) -> bool:
     """Run one method to its end, or to an interruption; returns whether it reached the end."""
-    learning_rate = config.lr or METHODS[name].learning_rate
-    state = create_state(config, name, learning_rate)
+    state = create_state(config, name)
     validation = text.validation_windows(corpus, config.eval_windows, config.context)
     header = {
         **dataclasses.asdict(config),
         "method": name,
-        "learning_rate": learning_rate,
+        "learning_rate": learning_rate(config, name),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
         "corpus": corpus.name,

@@ -1,8 +1,9 @@
 """The scripts in `experiments/`: every method trains, resumes to the bit, and reports."""
 
+import functools
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,31 @@ TEXT = "To be factored, or not to be factored: that is the question.\n" * 40
 LOW_RANK = [name for name in METHODS if name.startswith("lowrank")]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def settings_of_a_user() -> Iterator[None]:
     """The scripts run as they run outside the suite, in single precision."""
     with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
         yield
 
 
-@pytest.fixture
-def book(tmp_path: Path) -> Path:
-    path = tmp_path / "book.txt"
+@pytest.fixture(scope="module")
+def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "book.txt"
     path.write_text(TEXT)
     return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, book: Path) -> Callable[[str], Path]:
+    """The folder of a smoke run of one method from start to end; each is run once."""
+
+    @functools.cache
+    def run(name: str) -> Path:
+        out = tmp_path_factory.mktemp(name) / "run"
+        smoke(out, book, "--method", name)
+        return out
+
+    return run
 
 
 def smoke(out: Path, data: Path, *flags: str) -> None:
@@ -56,35 +70,28 @@ def assert_same_run(first: Path, second: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [pytest.param(m, marks=pytest.mark.slow) if m in LOW_RANK else m for m in METHODS])
-def test_every_method_trains(name: str, tmp_path: Path, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "run"
-    smoke(out, book, "--method", name)
-    header, rows = metrics.read(out / f"{name}.jsonl")
+def test_every_method_trains(name: str, finished: Callable[[str], Path]) -> None:
+    header, rows = metrics.read(finished(name) / f"{name}.jsonl")
     assert header["method"] == name and header["seed"] == 0 and header["jax"] == jax.__version__
     validation = [r["validation_loss"] for r in rows if "validation_loss" in r]
     assert len(validation) == 3 and validation[-1] < validation[0]
     ranks = {r["rank"] for r in rows if "rank" in r}
     assert ranks == ({32.0} if name == "full" else {4.0})
-    assert (out / "loss.png").stat().st_size > 1000
-    printed = capsys.readouterr().out
-    assert f"{validation[-1]:.3f}" in printed and f"{header['parameters']:,}" in printed
 
 
 def test_ctrl_c_saves_and_resume_continues_to_the_bit(
     tmp_path: Path,
     book: Path,
+    finished: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    smoke(straight, book, "--method", "full")
-
     def batch(data: np.ndarray, seed: int, step: int, *sizes: int) -> np.ndarray:
         if step == 4:
             signal.raise_signal(signal.SIGINT)
         return draw(data, seed, step, *sizes)
 
-    draw = text.batch
+    straight, broken, draw = finished("full"), tmp_path / "broken", text.batch
     with monkeypatch.context() as patch:
         patch.setattr(text, "batch", batch)
         with pytest.raises(SystemExit) as stop:
@@ -92,14 +99,19 @@ def test_ctrl_c_saves_and_resume_continues_to_the_bit(
     assert stop.value.code == 130
     assert f"--resume --out {broken}" in capsys.readouterr().err
     assert records(broken, "full")[-1]["step"] == 4
+
     pretrain.main(["--resume", "--out", str(broken)])
     assert_same_run(straight, broken, "full")
+    header, rows = metrics.read(broken / "full.jsonl")
+    printed = capsys.readouterr().out
+    assert f"{rows[-1]['validation_loss']:.3f}" in printed
+    assert f"{header['parameters']:,}" in printed and f"{header['state_bytes']:,}" in printed
+    assert (broken / "loss.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
-def test_low_rank_resumes_to_the_bit(tmp_path: Path, book: Path) -> None:
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    smoke(straight, book, "--method", "lowrank_adam")
+def test_low_rank_resumes_to_the_bit(tmp_path: Path, book: Path, finished: Callable[[str], Path]) -> None:
+    straight, broken = finished("lowrank_adam"), tmp_path / "broken"
     with pytest.raises(SystemExit):
         smoke(broken, book, "--method", "lowrank_adam", "--stop-at", "3")
     pretrain.main(["--resume", "--out", str(broken)])

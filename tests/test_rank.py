@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -133,6 +134,17 @@ def best_discarded(spectra: list[lro.Spectrum], parameters: int, min_rank: int) 
     return best
 
 
+@functools.lru_cache
+def chooser(parameters: int, min_rank: int = 1) -> Callable[..., Any]:
+    policy = lro.budget(parameters, min_rank=min_rank)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def choose(arrays: Any, static: Any) -> Any:
+        return policy.choose([lro.Spectrum(*a, *b) for a, b in zip(arrays, static, strict=True)])
+
+    return lambda spectra: choose([(s.sigma, s.rank) for s in spectra], tuple((s.width, s.shape) for s in spectra))
+
+
 SHAPES = [(9, 7), (30, 2), (4, 4)]
 
 
@@ -149,13 +161,12 @@ def draw_spectra(rows: list[list[float]]) -> list[lro.Spectrum]:
 @settings(max_examples=60)
 @given(
     rows=st.lists(st.lists(values, min_size=4, max_size=4), min_size=4, max_size=4),
-    parameters=st.integers(60, 420),
-    more=st.integers(0, 60),
+    two_budgets=st.tuples(*[st.sampled_from([60, 101, 137, 180, 222, 283, 350, 419])] * 2),  # Each is compiled once.
     min_rank=st.sampled_from([1, 2]),
 )
-def test_budget_against_brute_force(rows: list[list[float]], parameters: int, more: int, min_rank: int) -> None:
-    spectra = draw_spectra(rows)
-    ranks = lro.budget(parameters, min_rank=min_rank).choose(spectra)
+def test_budget_against_brute_force(rows: list[list[float]], two_budgets: tuple[int, int], min_rank: int) -> None:
+    spectra, (parameters, more) = draw_spectra(rows), sorted(two_budgets)
+    ranks = chooser(parameters, min_rank)(spectra)
     least = sum(cost(np.full(s.sigma.shape[:-1], min_rank), s.shape) for s in spectra)
     for s, rank in zip(spectra, ranks, strict=True):
         assert rank.shape == s.sigma.shape[:-1] and rank.dtype == jnp.int32
@@ -176,7 +187,7 @@ def test_budget_against_brute_force(rows: list[list[float]], parameters: int, mo
     ]
     assert best <= found + 1e-12 and found <= best + max(left, default=0.0) ** 2 + 1e-12  # Rounding of float64.
     # More parameters, no smaller rank.
-    larger = lro.budget(parameters + more, min_rank=min_rank).choose(spectra)
+    larger = chooser(more, min_rank)(spectra)
     assert all(np.all(b >= a) for a, b in zip(ranks, larger, strict=True))
 
 
@@ -196,10 +207,7 @@ def test_budget_refuses() -> None:
             lro.budget(**arguments)
 
 
-SQUARES = pytest.mark.xfail(strict=True, raises=AssertionError, reason="sigma^2 leaves the range of float32")
-
-
-@pytest.mark.parametrize("scale", [1e-15, 1e15, *(pytest.param(s, marks=SQUARES) for s in (1e-30, 1e-24, 1e20, 1e30))])
+@pytest.mark.parametrize("scale", [1e-30, 1e-24, 1e-15, 1e15, 1e20, 1e30])
 def test_budget_does_not_depend_on_the_scale(scale: float) -> None:
     spectra = [
         spectrum(np.float32([3, 2, 1]) * np.float32(scale)),
@@ -209,15 +217,15 @@ def test_budget_does_not_depend_on_the_scale(scale: float) -> None:
     assert [int(r) for r in lro.budget(74).choose(spectra)] == [3, 1]
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="costs are summed in float32, exact up to 2^24")
 def test_budget_is_exact_for_large_models() -> None:
-    shape, sigma = (1001, 1000), np.ones((1000, 32), np.float32)
+    shape, sigma = (100_001, 100_000), np.ones((40, 32), np.float32)
     # Equal energies: cheap values first. Budgets one short of a prefix that float32 sums to less than it is.
     costs = np.repeat(sum(shape) + 2 * np.arange(32) + 1, len(sigma))
     exact, rounded = np.cumsum(costs), np.asarray(jnp.cumsum(jnp.asarray(costs, jnp.float32)))
-    for i in np.argsort(rounded - exact)[:3]:
-        (ranks,) = lro.budget(int(exact[i]) - 1).choose([spectrum(sigma, shape)])
-        assert cost(ranks, shape) <= exact[i] - 1
+    for i in np.argsort(rounded - exact)[:2]:
+        parameters = int(exact[i]) - 1
+        (ranks,) = chooser(parameters)([spectrum(sigma, shape)])
+        assert parameters - 2 * sum(shape) < cost(ranks, shape) <= parameters
 
 
 # --- training ----------------------------------------------------------------------------------------------------
@@ -307,7 +315,8 @@ def test_rank_follows_the_target_up_and_down_without_recompilation(geometry: dic
 def test_resize_follows_the_ranks() -> None:
     large, small = matrix(1, 14, 12, [4.0, 3.0, 2.0, 1.0]), matrix(2, 14, 12, [3.0, 2.0])
     params = {"kernel": from_dense(large, 6, 8)}
-    tx = lro.lowrank_adam(0.05, rank=lro.tolerance(1e-2))
+    # A new direction has to grow past theta |W| in a step: theta is below 0.05 / 5.5.
+    tx = lro.lowrank_adam(0.05, rank=lro.tolerance(1e-3))
     step, traces = descent(tx)
     state = tx.init(params)
     for _ in range(150):
@@ -330,9 +339,6 @@ def test_resize_follows_the_ranks() -> None:
     assert len(traces) == 1  # The width is that of the first trace again.
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="resize takes the first kernel whose path ends that of a leaf"
-)
 def test_resize_tells_nested_kernels_of_one_name_apart() -> None:
     params = {
         "Dense_0": {"kernel": from_dense(matrix(0, 9, 8, [1.0, 0.5]), 2, 4)},
@@ -351,7 +357,7 @@ def test_no_policy_keeps_the_rank_through_zero() -> None:
     U, V = (np.linalg.qr(np.random.default_rng(i).standard_normal((k, 2)))[0] for i, k in enumerate((9, 8)))
     params = {"kernel": jax.tree.map(jnp.asarray, lro.LowRank(U, np.diag([2.0, 1.0]), V))}
     target = {"kernel": (U * np.array([2.0, -1.0])) @ V.T}
-    for geometry in ({}, {"momentum_space": "tangent"}, {"retraction": "bug"}):
+    for geometry in ({"momentum_space": "tangent"}, {"retraction": "bug"}):
         # Half the gradient: the first step lands on sigma_2 = 0 up to rounding, the second must not stay there.
         tx = lro.lowrank_heavy_ball(0.5, None, **geometry)
         step, _ = descent(tx)
@@ -381,8 +387,7 @@ def test_no_policy_keeps_exact_zeros_alive() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("geometry", [{}, {"momentum_space": "tangent"}], ids=["coefficient", "tangent"])
-def test_budget_moves_rank_between_kernels(geometry: dict[str, Any]) -> None:
+def test_budget_moves_rank_between_kernels() -> None:
     shapes = {"a": (14, 12), "b": (10, 16)}
     names = list(shapes)
     start = {name: matrix(i, *shapes[name], [1.0, 0.9, 0.8]) for i, name in enumerate(names)}
@@ -390,7 +395,7 @@ def test_budget_moves_rank_between_kernels(geometry: dict[str, Any]) -> None:
     # Room for the targets, rank 5 and rank 1, and not for one more anywhere.
     parameters = cost(5, shapes["a"]) + cost(1, shapes["b"])
     targets = {"a": matrix(3, 14, 12, [5.0, 4.5, 4.0, 3.5, 3.0]), "b": matrix(4, 10, 16, [4.0])}
-    tx = lro.lowrank_heavy_ball(0.2, 0.3, rank=lro.budget(parameters), **geometry)
+    tx = lro.lowrank_heavy_ball(0.2, 0.3, rank=lro.budget(parameters))
     step, traces = descent(tx)
     state = tx.init(params)
     assert ranks_of(params, state) == {"a": 3, "b": 3}
@@ -421,11 +426,6 @@ def test_a_batch_has_its_own_ranks() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="in a galerkin loop policies may fill the width 2r; the bases then have no room to move",
-)
 @pytest.mark.parametrize(
     "policy", [lro.tolerance(0.01), lro.budget(cost(4, (12, 10)) + 60)], ids=["tolerance", "budget"]
 )
