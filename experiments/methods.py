@@ -100,7 +100,7 @@ def _geometry(settings: Settings) -> dict[str, Any]:
 METHODS: dict[str, Method] = {
     "full": Method(3e-3, _dense, _dense_apply, _adamw),
     "lora": Method(3e-3, _lora, pair.apply, _adamw),
-    "factors": Method(3e-3, _balanced, pair.apply, _adamw),
+    "factors": Method(1.5e-3, _balanced, pair.apply, _adamw),
     "naive": Method(3e-3, _low_rank, lro.linen.apply, _adamw),
     "lowrank_adam": Method(2.4e-2, _low_rank, lro.linen.apply, _lowrank_adam),
     "lowrank_heavy_ball": Method(0.3, _low_rank, lro.linen.apply, _lowrank_heavy_ball),

@@ -346,10 +346,10 @@ def test_every_number_can_be_injected_and_changed():
 @pytest.mark.parametrize(
     "factory, static",
     [
-        (lro.lowrank_adam, ("mu_dtype", "mask", "nesterov")),
-        (lro.lowrank_adamw, ("mu_dtype", "mask", "nesterov")),
-        (lro.lowrank_heavy_ball, ("nesterov", "accumulator_dtype")),
-        (lro.lowrank_muon, ("ns_steps", "nesterov")),
+        (lro.lowrank_adam, ("mu_dtype", "mask", "nesterov", "local_steps")),
+        (lro.lowrank_adamw, ("mu_dtype", "mask", "nesterov", "local_steps")),
+        (lro.lowrank_heavy_ball, ("nesterov", "accumulator_dtype", "local_steps")),
+        (lro.lowrank_muon, ("ns_steps", "nesterov", "local_steps")),
     ],
 )
 @pytest.mark.parametrize("geometry", [{}, {"retraction": "bug"}], ids=["default", "bug"])

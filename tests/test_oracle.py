@@ -55,7 +55,7 @@ class Case:
 BETA, B1, B2 = 0.8, 0.9, 0.99
 RANK, R_MIN, R_MAX = 3, 2, 4
 THETA = 0.12
-THETAS = (1e-3, 0.7, 0.1)  # one after the other they grow every kernel to R_MAX and cut it down again
+TARGETS = (R_MAX, R_MIN, RANK)  # the ranks that thresholds are chosen for, one truncation after the other
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -214,11 +214,12 @@ def oracle_call(
     width: int,
     method: oracle.Method,
     theta: float,
+    cut: dict[str, Any] | None = None,
 ) -> tuple[oracle.State, int]:
     """What one call of `update` does to slice i; `rank` is that of the last truncation."""
     G = problem.gradient(state.W, i)
-    cut = case.truncation(rank, theta)
-    if case.adaptive and case.schedule != "projected":
+    cut = case.truncation(rank, theta) if cut is None else cut
+    if "r_max" in cut and case.schedule != "projected":
         # Ranks grow as far as the next augmentation has room for as many directions again.
         cut["r_max"] = growth_limit(rank, width)
     if case.schedule == "projected":
@@ -291,6 +292,26 @@ def matrix() -> list[Any]:
     return case_params(*cases)
 
 
+def threshold(
+    case: Case,
+    problem: Problem,
+    state: oracle.State,
+    phase: int,
+    rank: int,
+    width: int,
+    method: oracle.Method,
+    target: int,
+    above: bool,
+) -> float:
+    """A tolerance that a truncation of slice 0 must answer with rank `target`, one millionth from another answer."""
+    after, _ = oracle_call(case, problem, state, 0, phase, rank, width, method, 0.0, dict(theta=0.0))
+    sigma = np.diag(after.S)
+    tails = [np.linalg.norm(sigma[r:]) / np.linalg.norm(sigma) for r in range(sigma.size + 1)]
+    if above and tails[target] > 1e-6:
+        return float(tails[target] * (1 + 1e-6))  # just large enough to discard the rest
+    return float(tails[target - 1] * (1 - 1e-6))  # just too small to discard one more
+
+
 # --- every single call, from the oracle's own state -----------------------------------
 
 
@@ -303,7 +324,12 @@ def single_calls(
     states, ranks = start(layout)
     errors, seen = Errors(), set(ranks)
     for call in range(calls):
-        phase, theta = call % case.loop, THETAS[call // case.loop % len(THETAS)]
+        loop, phase = divmod(call, case.loop)
+        theta = THETA
+        if case.adaptive and phase == case.loop - 1:
+            limit = growth_limit(ranks[0], width) if case.schedule != "projected" else R_MAX
+            target = min(TARGETS[loop % len(TARGETS)], limit)
+            theta = threshold(case, problem, states[0], phase, ranks[0], width, method, target, loop % 2 == 0)
         params, opt_state = to_library(case, layout, states, ranks, phase, width, dtype)
         params, opt_state = update(case, params, opt_state, problem.data, *scalars(h, eps, theta, dtype))
         states, ranks = oracle_calls(case, problem, states, ranks, phase, width, method, theta)

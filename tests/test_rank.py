@@ -158,10 +158,10 @@ def draw_spectra(rows: list[list[float]]) -> list[lro.Spectrum]:
     ]
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     rows=st.lists(st.lists(values, min_size=4, max_size=4), min_size=4, max_size=4),
-    two_budgets=st.tuples(*[st.sampled_from([60, 101, 137, 180, 222, 283, 350, 419])] * 2),  # Each is compiled once.
+    two_budgets=st.tuples(*[st.sampled_from([60, 137, 222, 283, 419])] * 2),  # Each is compiled once.
     min_rank=st.sampled_from([1, 2]),
 )
 def test_budget_against_brute_force(rows: list[list[float]], two_budgets: tuple[int, int], min_rank: int) -> None:
@@ -195,8 +195,8 @@ def test_budget_by_hand() -> None:
     # Costs 17, 19, 21 of (9, 7) and 33, 35 of (30, 2) for one singular value more; energies over costs decide.
     spectra = [spectrum([2.0, 2.0, 1.0], SHAPES[0]), spectrum([3.0, 1.0], SHAPES[1])]
     # 9/33 = .27, 4/17 = .24, 4/19 = .21, 1/21 = .048, 1/35 = .029, but each keeps one at least.
-    for parameters, expected in [(50, [1, 1]), (68, [1, 1]), (69, [2, 1]), (89, [2, 1]), (90, [3, 1]), (125, [3, 2])]:
-        assert [int(r) for r in lro.budget(parameters).choose(spectra)] == expected
+    for parameters, expected in [(68, [1, 1]), (69, [2, 1]), (89, [2, 1]), (90, [3, 1]), (125, [3, 2])]:
+        assert [int(r) for r in chooser(parameters)(spectra)] == expected
     assert [int(r) for r in lro.budget(1, min_rank=2).choose(spectra)] == [2, 2]
     assert lro.budget(10).choose([]) == []
 
