@@ -1,11 +1,10 @@
-"""lowrank_optax.nnx: stock modules on factors, low-rank layers, optimizer."""
+"""lowrank_optax.nnx: stock modules on factors, low-rank layers, the stock optimizer."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 

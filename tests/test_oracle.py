@@ -527,3 +527,28 @@ def test_dense_counterparts(momentum: str, retraction: str, name: str) -> None:
     assert worst < 1e-8  # a contraction: 100 roundings of 1e-15
     moved = [relative(W[-1], W[0]) for W in expected]
     assert min(moved) > 0.1  # and the trajectories do go somewhere
+
+
+def test_kernels_in_one_tree_do_not_mix() -> None:
+    """Kernels of equal shape may be stepped together: each must still be the oracle's."""
+    names = {"c": "tall", "a": "wide", "b": "tall", "d": "stack"}
+    tasks = {key: problems.weighted(LAYOUTS[name], seed=i) for i, (key, name) in enumerate(names.items())}
+    states = {key: start(LAYOUTS[name])[0] for key, name in names.items()}
+    case = Case("adam")
+    method, tx = case.oracle_method(0.05, 1e-2), case.transform(0.05, 1e-2, THETA)
+    params = {k: to_library(case, LAYOUTS[name], states[k], [RANK])[0]["kernel"] for k, name in names.items()}
+
+    @jax.jit
+    def step(params: Any, state: Any) -> tuple[Any, Any]:
+        total = lambda p: sum(problems.loss({"kernel": p[k]}, task.data) for k, task in tasks.items())  # noqa: E731
+        updates, state = tx.update(jax.grad(total)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(5):
+        params, state = step(params, state)
+        for k, name in names.items():
+            states[k] = [oracle.projected_step(s, tasks[k].gradient(s.W, i), method) for i, s in enumerate(states[k])]
+            U, S, V = LAYOUTS[name].flat(params[k])
+            # 1e-13 / eps for entries that vanish up to rounding, over five steps.
+            assert all(relative(U[i] @ S[i] @ V[i].T, s.W) < 1e-10 for i, s in enumerate(states[k])), k

@@ -178,6 +178,22 @@ def mirrors_finite(inner: optax.GradientTransformation, state: optax.OptState, s
     return all_finite([value for _, _, value in slots])
 
 
+def rest_finite(
+    inner: optax.GradientTransformation, old: optax.OptState, new: optax.OptState, split: Split
+) -> jax.Array:
+    """Whether the leaves of the state that mirror no kernel have stayed finite."""
+    return stayed_finite(*(_lift(inner, state, split, ())[0] for state in (old, new)))
+
+
+def stayed_finite(old: Any, new: Any) -> jax.Array:
+    """Whether no leaf has become infinite or NaN. State may hold infinities on purpose, a best value so far, say."""
+    finite = jnp.ones((), bool)
+    for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+        if not isinstance(a, _Slot):
+            finite &= all_finite(b) | ~all_finite(a)
+    return finite
+
+
 def keep_kernels(
     inner: optax.GradientTransformation, old: optax.OptState, new: optax.OptState, split: Split
 ) -> optax.OptState:

@@ -227,8 +227,10 @@ def fixed_rank(
             jax.tree.map(jnp.zeros_like, differences),
             state._replace(notfinite_count=optax.safe_increment(state.notfinite_count)),
         )
+        finite = moved.finite & linalg.all_finite(split.ordinary(moved.params))
+        finite &= method.rest_finite(state.inner_state, moved.inner_state, split)
         # A branch rather than a select for every leaf: it hands buffers through and compiles in no time.
-        return jax.lax.cond(moved.finite, lambda: new, lambda: skipped)
+        return jax.lax.cond(finite, lambda: new, lambda: skipped)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -27,6 +27,8 @@ from lowrank_optax.transforms.carry import (
     gauge_change,
     keep_kernels,
     mirrors_finite,
+    rest_finite,
+    stayed_finite,
     transport_change,
 )
 from lowrank_optax.transforms.split import Split
@@ -77,6 +79,14 @@ class Method:
     def finite(self, state: Any, split: Split) -> jax.Array:
         """Whether the mirrors of kernels in the inner state are finite."""
         return mirrors_finite(*self.kernel_part(state), split)
+
+    def rest_finite(self, old: Any, new: Any, split: Split) -> jax.Array:
+        """Whether the leaves of the inner state that mirror no kernel have stayed finite."""
+        (tx, before), (_, after) = self.kernel_part(old), self.kernel_part(new)
+        finite = rest_finite(tx, before, after, split)
+        if self.kernel_inner is None:
+            return finite
+        return finite & stayed_finite(old.inner_states["ordinary"], new.inner_states["ordinary"])
 
     def keep_kernels(self, old: Any, new: Any, split: Split) -> Any:
         """The inner state `new` with the mirrors of kernels of `old`."""
