@@ -11,7 +11,7 @@ import optax
 from lowrank_optax import linalg
 from lowrank_optax import manifold as mf
 from lowrank_optax.factorize import path_name
-from lowrank_optax.lowrank import is_lowrank
+from lowrank_optax.lowrank import LowRank, is_lowrank
 from lowrank_optax.transforms import FixedRankState, KernelState
 
 
@@ -31,7 +31,14 @@ def ranks(params: Any) -> dict[str, jax.Array]:
       {'dense/kernel': 2}
     """
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_lowrank)
-    return {path_name(path): mf.rank(W.astype(linalg.working_dtype(W.S))) for path, W in leaves if is_lowrank(W)}
+    return {path_name(path): _rank(W.S) for path, W in leaves if is_lowrank(W)}
+
+
+@jax.jit
+def _rank(S: jax.Array) -> jax.Array:
+    """Compiled once for each shape, so that ranks can be printed from a loop."""
+    S = S.astype(linalg.working_dtype(S))
+    return mf.rank(LowRank(S, S, S))
 
 
 class Diagnostics(NamedTuple):
