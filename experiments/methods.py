@@ -14,11 +14,11 @@ best of a grid of factors of two around it (of three for heavy ball), by the val
 rank 16, seed 0); the grid was widened until its best was not at an edge:
 
     full                1.5e-3: 1.999   3e-3: 1.970    6e-3: 2.079
-    lora                3e-3: 2.495
+    lora                3e-3: 2.495     1e-2: 2.495, the same to the last digit
     factors             7.5e-4: 2.295   1.5e-3: 2.266  3e-3: 2.288   6e-3: 2.291
     naive               1.5e-3: 2.263   3e-3: 2.257    6e-3: 2.374
     lowrank_adam        1.2e-2: 2.238   2.4e-2: 2.215  4.8e-2: 2.349
-    lowrank_heavy_ball  HB
+    lowrank_heavy_ball  0.1: 2.324      0.3: 2.307     1.0: 2.315
     lowrank_muon        2e-2: 2.182     4e-2: 2.131    8e-2: 2.137
 """
 

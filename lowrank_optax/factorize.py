@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank_optax import linalg
 from lowrank_optax.lowrank import LowRank, cast_like, flatten, is_lowrank, unflatten
@@ -67,10 +68,12 @@ def _matrix_shape(shape: tuple[int, ...], axes: Axes) -> tuple[int, int]:
 def rank_number(rank: Rank, name: str, shape: tuple[int, ...], limit: int) -> int:
     """Evaluates a rank argument for one kernel whose matrices allow at most `limit`."""
     value = rank(name, shape) if callable(rank) else rank
-    if isinstance(value, float):
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"the rank of {name!r} must be an int or a fraction in (0, 1], got {value!r}")
+    if isinstance(value, float | np.floating):
         if not 0.0 < value <= 1.0:
             raise ValueError(f"a fractional rank lies in (0, 1], got {value} for {name!r}; an absolute rank is an int")
-        value = max(1, round(value * limit))
+        value = max(1, round(float(value) * limit))
     if value < 1:
         raise ValueError(f"the rank must be at least 1, got {value} for {name!r} of shape {shape}")
     return int(value)

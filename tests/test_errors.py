@@ -331,3 +331,27 @@ def test_integer_parameters_fail_in_jax_and_not_later():
     params = {**PARAMS, "step": jnp.arange(3)}
     with pytest.raises(TypeError, match="grad requires real- or complex-valued inputs"):
         jax.grad(lambda p: jnp.sum(p["dense"]["bias"]))(params)
+
+
+@pytest.mark.parametrize("rank", ["2", True, None])
+def test_ranks_of_another_type(rank):
+    with pytest.raises(TypeError, match=r"must be an int or a fraction in \(0, 1\]"):
+        lro.factorize({"kernel": jnp.eye(4)}, rank)
+
+
+def test_fractions_of_numpy_are_fractions():
+    assert lro.factorize({"kernel": jnp.eye(4)}, np.float32(0.5))["kernel"].rank == 2
+
+
+def test_factors_of_zeros_are_not_orthonormal():
+    zeros = {"kernel": lro.LowRank(jnp.zeros((4, 2)), jnp.zeros((2, 2)), jnp.zeros((3, 2)))}
+    with pytest.raises(ValueError, match="not orthonormal"):
+        lro.lowrank_adam(0.1).init(zeros)
+
+
+@pytest.mark.parametrize("factory", [lro.lowrank_adam, lro.lowrank_muon, lro.lowrank_heavy_ball])
+def test_injected_without_static_arguments(factory):
+    """The numbers that only a galerkin loop uses may be arrays."""
+    optax.inject_hyperparams(factory, static_args=("nesterov", "ns_steps"))(0.1).init(
+        {"kernel": lro.LowRank(jnp.eye(4, 2), jnp.eye(2), jnp.eye(3, 2))}
+    )

@@ -536,7 +536,9 @@ def test_kernels_in_one_tree_do_not_mix() -> None:
     states = {key: start(LAYOUTS[name])[0] for key, name in names.items()}
     case = Case("adam")
     method, tx = case.oracle_method(0.05, 1e-2), case.transform(0.05, 1e-2, THETA)
-    params = {k: to_library(case, LAYOUTS[name], states[k], [RANK])[0]["kernel"] for k, name in names.items()}
+    params = {
+        k: to_library(case, LAYOUTS[name], states[k], [RANK] * len(states[k]))[0]["kernel"] for k, name in names.items()
+    }
 
     @jax.jit
     def step(params: Any, state: Any) -> tuple[Any, Any]:

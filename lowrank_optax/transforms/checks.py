@@ -49,7 +49,12 @@ def check_kernels(params: Any, galerkin: bool = False) -> None:
 def _known(W: LowRank) -> bool:
     """Whether values can be looked at: not while tracing, nor where other processes hold a part."""
     factors = (W.U, W.S, W.V)
-    return not any(isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True) for x in factors)
+
+    def unknown(x: Any) -> bool:
+        traced = isinstance(x, jax.core.Tracer) or isinstance(x, jax.ShapeDtypeStruct)  # noqa: SIM101
+        return traced or not getattr(x, "is_fully_addressable", True)
+
+    return not any(map(unknown, factors))
 
 
 def _check_orthonormal(name: str, W: LowRank) -> None:
@@ -58,9 +63,8 @@ def _check_orthonormal(name: str, W: LowRank) -> None:
         y = np.asarray(x).astype(np.promote_types(np.asarray(x).dtype, np.float32))
         error = np.max(np.abs(np.swapaxes(y, -1, -2) @ y - np.eye(W.rank)))
         # A column of a correct factor is off by rounding; ten times sqrt(eps) tells that from a wrong one.
-        # A factor of zeros stands for a shape.
         allowed = 10 * float(jnp.finfo(x.dtype).eps) ** 0.5
-        if not error <= allowed and np.any(y):
+        if not error <= allowed:
             raise ValueError(
                 f"the columns of {label} of {name!r} are not orthonormal (|{label}^T {label} - I| = {error:.1e}): "
                 "build kernels with factorize or lowrank_init, or call lowrank_optax.orthonormalize(params)"

@@ -143,7 +143,8 @@ def fixed_rank(
             "retraction='bug' keeps the rank and needs the tangent gradient: use retraction='svd' with a rank policy "
             "or with gradient='galerkin'"
         )
-    if not isinstance(local_steps, int) or local_steps < 1:
+    # Without a loop the number is not used, and inject_hyperparams may have made an array of it.
+    if gradient == "galerkin" and (not isinstance(local_steps, int) or local_steps < 1):
         raise ValueError(
             f"local_steps must be a Python int of at least 1 (list it in static_args of inject_hyperparams), got "
             f"{local_steps!r}"
@@ -170,6 +171,7 @@ def fixed_rank(
     def init(params: Any) -> FixedRankState:
         params = _values(params)
         check_kernels(params, galerkin)
+        params = jax.tree.map(_array, params)
         method, split = method_for(params), Split(params)
         work = _working(params, params)
         views = split.merge(map(method.view, split.kernels(work)), split.ordinary(params))
@@ -236,16 +238,17 @@ def fixed_rank(
 
 
 def _values(params: Any) -> Any:
-    """Parameters as arrays: `nnx.Optimizer` gives `init` variables (and `update` their values), others only shapes."""
+    """`nnx.Optimizer` gives `init` a tree of variables and `update` one of their values: this makes it the latter."""
 
-    def is_leaf(x: Any) -> bool:
+    def is_variable(x: Any) -> bool:
         return hasattr(x, "get_raw_value")
 
-    def value(x: Any) -> Any:
-        x = x.get_raw_value() if is_leaf(x) else x
-        return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+    return jax.tree.map(lambda x: x.get_raw_value() if is_variable(x) else x, params, is_leaf=is_variable)
 
-    return jax.tree.map(value, params, is_leaf=is_leaf)
+
+def _array(x: Any) -> Any:
+    """`init` accepts shapes in the place of arrays, as Optax does."""
+    return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
 
 
 def _check_state(method: st.Method, split: Split, state: Any, params: Any) -> None:
