@@ -2,7 +2,7 @@
 
     full                AdamW on the dense kernels
     lora                W = A B, A random, B = 0, AdamW. Without LoRA's frozen weight every residual branch is zero and
-                        so is the gradient of its factors: the model stays one of byte pairs at any step size.
+                        so is the gradient of its factors: at any step size the model sees one byte and its position.
     factors             W = A B from the truncated SVD of the dense kernel, AdamW: the baseline to beat
     naive               W = U S V^T from that SVD, AdamW on the three factors as if they were ordinary arrays
     lowrank_adam        W = U S V^T from that SVD, on the manifold
