@@ -25,7 +25,7 @@ class Config:
     """Everything that decides a run's numbers, saved in `config.json` and in each metrics file."""
 
     method: str = _field(
-        "full,lora,factors,naive,lowrank_adam,lowrank_muon",
+        "full,lora,naive,lowrank_adam,lowrank_muon",
         f"one or several, separated by commas, of: {', '.join(METHODS)}",
     )
     steps: int = _field(300, "training steps; the learning-rate schedule ends with them")

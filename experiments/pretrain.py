@@ -36,23 +36,28 @@ INTERRUPTED = 130  # the exit status of a shell command ended by Ctrl-C
 
 
 @functools.cache  # so that a second session in one process finds its programs compiled
-def build(config: Config, name: str) -> tuple[gpt.GPT, Callable[..., Any], optax.GradientTransformation]:
-    """The model, its apply function for the method's kernels, and the optimizer."""
-    method, model = METHODS[name], gpt.GPT(config.model)
-    return model, method.apply(model), optimizer(method, learning_rate(config, name), config.settings)
+def build(config: Config, name: str) -> tuple[Callable[..., Any], optax.GradientTransformation]:
+    """The model's apply function for the method's kernels, and the optimizer."""
+    method = METHODS[name]
+    return method.apply(gpt.GPT(config.model)), optimizer(method, learning_rate(config, name), config.settings)
 
 
 def learning_rate(config: Config, name: str) -> float:
     return config.lr or METHODS[name].learning_rate
 
 
-def create_state(config: Config, name: str) -> TrainState:
-    """The method's parameters and optimizer, from the dense weights that all methods share."""
-    model, apply_fn, tx = build(config, name)
-    key = jax.random.key(config.seed)
+@functools.partial(jax.jit, static_argnums=0)
+def dense_params(config: gpt.GPTConfig, key: jax.Array) -> Any:
+    """The weights from which all methods start."""
     tokens = jnp.zeros((1, config.context), jnp.int32)
-    dense = jax.jit(model.init)(key, tokens)["params"]
-    params = METHODS[name].factor(dense, config.rank, jax.random.fold_in(key, 1))
+    return gpt.GPT(config).init(key, tokens)["params"]
+
+
+def create_state(config: Config, name: str) -> TrainState:
+    """The method's own form of the dense weights, and its optimizer."""
+    apply_fn, tx = build(config, name)
+    key = jax.random.key(config.seed)
+    params = METHODS[name].factor(dense_params(config.model, key), config.rank, jax.random.fold_in(key, 1))
     state = TrainState.create(apply_fn=apply_fn, params=params, tx=tx)
     return state.replace(step=jnp.zeros((), jnp.int32))  # Flax's Python 0 would compile twice
 

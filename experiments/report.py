@@ -58,6 +58,10 @@ def figure(runs: dict[str, Run], path: Path) -> None:
         ylabel="validation loss (nats/byte)",
         title=f"{settings['layers']}-layer GPT, d = {settings['d']}, rank {settings['rank']}, seed {settings['seed']}",
     )
+    later = [r["validation_loss"] for _, rs in runs.values() for r in rs if r.get("validation_loss") and r["step"]]
+    if later:  # the untrained model's loss would squeeze all curves into the lowest fifth
+        margin = 0.05 * (max(later) - min(later)) + 1e-3
+        axis.set_ylim(min(later) - margin, max(later) + margin)
     axis.grid(alpha=0.3)
     axis.legend()
     fig.savefig(path, dpi=150)
