@@ -87,7 +87,7 @@ def evaluate(state: TrainState, windows: np.ndarray, size: int) -> float:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Yields `asked()`, true once Ctrl-C or SIGTERM came; a second Ctrl-C stops at once."""
+    """Yields a function that is true once Ctrl-C or SIGTERM came; a second Ctrl-C stops at once."""
     received: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
@@ -102,7 +102,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def train(config: Config, session: Session, name: str, corpus: text.Corpus) -> bool:
+def train(config: Config, session: Session, name: str, corpus: text.Corpus, interrupted: Callable[[], bool]) -> bool:
     """Run one method to its end, or to an interruption; returns whether it reached the end."""
     state = create_state(config, name)
     validation = text.validation_windows(corpus, config.eval_windows, config.context)
@@ -120,7 +120,7 @@ def train(config: Config, session: Session, name: str, corpus: text.Corpus) -> b
     folder = (session.out / "checkpoints" / name).absolute()
     options = ocp.CheckpointManagerOptions(max_to_keep=1, save_interval_steps=config.save_every)
     last = min(config.steps, session.stop_at or config.steps)
-    with ocp.CheckpointManager(folder, options=options) as manager, interruptible() as asked:
+    with ocp.CheckpointManager(folder, options=options) as manager:
         if manager.latest_step() is not None:
             state = state.replace(**manager.restore(None, args=ocp.args.StandardRestore(saved(state))))
         start = int(state.step)
@@ -158,7 +158,7 @@ def train(config: Config, session: Session, name: str, corpus: text.Corpus) -> b
                 if check:
                     value = evaluate(state, validation, config.batch)
                     metrics.write(step=step, validation_loss=value)
-                leave = step == last or asked()
+                leave = step == last or interrupted()
                 save = leave or step % config.save_every == 0
                 if save:
                     manager.save(step, args=ocp.args.StandardSave(saved(state)), force=True)
@@ -193,11 +193,12 @@ def run(config: Config, session: Session) -> None:
     session.out.mkdir(parents=True, exist_ok=True)
     (session.out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
     print(f"{corpus.name}: {len(corpus.train):,} bytes to train, {len(corpus.validation):,} held out")
-    for name in config.methods:
-        if not train(config, session, name, corpus):
-            resume = f"python -m experiments.pretrain --resume --out {session.out}"
-            print(f"stopped and saved; to go on: {resume}", file=sys.stderr)
-            sys.exit(INTERRUPTED)
+    with interruptible() as interrupted:
+        for name in config.methods:
+            if not train(config, session, name, corpus, interrupted):
+                resume = f"python -m experiments.pretrain --resume --out {session.out}"
+                print(f"stopped and saved; to go on: {resume}", file=sys.stderr)
+                sys.exit(INTERRUPTED)
     report.write(session.out)
 
 
