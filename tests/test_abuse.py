@@ -367,7 +367,9 @@ def drawn(test: Callable[..., None]) -> Callable[..., None]:
     return given(**DATA)(test)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=c.name, marks=() if i < 3 else pytest.mark.slow) for i, c in enumerate(CASES)]
+)
 @settings(max_examples=12)
 @drawn
 def test_every_step_stays_on_the_manifold(case: Case, seed: int, pattern: str, kinds: list[str]) -> None:
@@ -503,6 +505,7 @@ def random_kernel(seed: int, m: int, n: int, sigma: list[float], width: int | No
     return jax.tree.map(jnp.asarray, lro.LowRank(U, np.diag(padded), V))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "geometry",
     [g if g in ("coefficient", "galerkin") else pytest.param(g, marks=pytest.mark.slow) for g in GEOMETRIES],

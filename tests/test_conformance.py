@@ -181,6 +181,7 @@ def converge(name, problems):
             np.testing.assert_allclose(basis.T @ basis, np.eye(W.rank), atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names("heavy-ball"))
 def test_converges(name):
     problems = PLAIN | kernels()
@@ -262,6 +263,7 @@ def test_trains_in_half_precision(dtype):
     np.testing.assert_allclose(U.T @ U, np.eye(4), atol=4 * float(jnp.finfo(dtype).eps))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -462,6 +464,7 @@ def test_ordinary_parameters_get_the_inner_optimizer(name):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adam", pytest.param("muon", marks=pytest.mark.slow)])
 def test_ordinary_leaves_beside_kernels_get_the_inner_optimizer(name):
     ours, inner, params = CASES[name](0.01), INNER[name](0.01), small()

@@ -316,6 +316,7 @@ def test_diagnostics_of_a_foreign_state(state):
     assert set(lro.diagnostics(lro.lowrank_adam(0.1).init(PARAMS)).kernels) == {"dense/kernel"}
 
 
+@pytest.mark.slow
 def test_resize_to_no_rank_changes_nothing():
     tx = lro.lowrank_heavy_ball(0.1)
     state = tx.init(PARAMS)

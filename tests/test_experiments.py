@@ -16,7 +16,6 @@ from experiments import metrics, pretrain, report, text
 from experiments.methods import METHODS
 
 TEXT = "To be factored, or not to be factored: that is the question.\n" * 40
-LOW_RANK = [name for name in METHODS if name.startswith("lowrank")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,7 +68,8 @@ def assert_same_run(first: Path, second: Path, name: str) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", [pytest.param(m, marks=pytest.mark.slow) if m in LOW_RANK else m for m in METHODS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains(name: str, finished: Callable[[str], Path]) -> None:
     header, rows = metrics.read(finished(name) / f"{name}.jsonl")
     assert header["method"] == name and header["seed"] == 0 and header["jax"] == jax.__version__

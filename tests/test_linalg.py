@@ -134,6 +134,7 @@ def test_newton_schulz_leaves_small_singular_values_small() -> None:
     assert np.all(sigma[:2] > 0.67) and 1e-3 < sigma[2] < 5e-3 and np.all(sigma[3:] < 1e-12)
 
 
+@pytest.mark.slow
 def test_newton_schulz_of_zero_batch_and_transpose() -> None:
     x = np.stack([random(3, 5), np.zeros((3, 5)), 7 * random(3, 5, seed=2)])
     y = np.asarray(linalg.newton_schulz(jnp.asarray(x), 5))

@@ -134,7 +134,10 @@ def largest(fun, *args):
     return max(math.prod(s) for s in shapes_inside(jax.make_jaxpr(fun)(*args).jaxpr))
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("layers", "mixed", "scan, attention, remat")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
 def test_apply_and_its_gradient_equal_the_dense_model(name):
     model, shape, kernels = CASES[name]
     x = draw(shape)
@@ -154,6 +157,7 @@ def test_apply_and_its_gradient_equal_the_dense_model(name):
     close(*both(variables["params"]))
 
 
+@pytest.mark.slow
 def test_dropout_statistics_and_methods_pass_through():
     model, x = Image(), draw((2, 8, 8, 3))
     variables = init(model, x)
@@ -307,6 +311,7 @@ def test_layers_equal_their_dense_counterparts(name):
         layer.clone(rank=99).init(jax.random.key(0), x)
 
 
+@pytest.mark.slow
 def test_layers_have_the_scale_of_the_dense_initialiser():
     # LeCun normal of the axes (16, 2, 8) would take 32 for the fan-in where nn.DenseGeneral takes 16.
     layer, x = lro.linen.LowRankDenseGeneral((2, 8), 4), draw((1, 16))
@@ -314,6 +319,7 @@ def test_layers_have_the_scale_of_the_dense_initialiser():
     np.testing.assert_allclose(np.linalg.norm(kernel.to_dense()), math.sqrt(2 * 8), rtol=0.1)
 
 
+@pytest.mark.slow
 def test_layers_stack_under_scan():
     axes = dict(variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
 
@@ -338,6 +344,7 @@ def test_metadata_boxes():
     close(lro.linen.apply(model)(variables, x), model.apply(lro.densify(variables), x))
 
 
+@pytest.mark.slow
 def test_path_mask_is_one_bool_a_kernel_and_optax_takes_it():
     params = {
         "a": {"kernel": draw_kernel((6, 5), lro.Axes(0, 1), 2), "bias": jnp.ones(5)},
@@ -398,6 +405,7 @@ def training(name):
     return state, step, traces
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["general, batch"]
@@ -412,6 +420,7 @@ def test_training_reduces_the_loss(name):
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_train_state_serialises():
     state, _, _ = training("dense")
     trained = jax.tree.map(lambda v: v + 1, state)

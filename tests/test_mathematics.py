@@ -71,6 +71,7 @@ def test_projection_is_an_orthogonal_projection(spectrum: str) -> None:
     assert 0.1 < np.linalg.norm(PG) / np.linalg.norm(G) < 0.99  # neither zero nor the identity
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_riemannian_norm(spectrum: str) -> None:
     """|P(W)G|^2 = |U_p|^2 + |M|^2 + |V_p|^2, inner products likewise; `tangent_norm` gives it in any gauge."""
@@ -225,6 +226,7 @@ def test_gauge_invariance_of_heavy_ball(kind: str) -> None:
     assert relative(Ws[-1], Ws[0]) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["coefficient", "tangent"])
 def test_gauge_change_in_the_middle_of_a_run(kind: str) -> None:
     """Turning the bases and the momentum with them changes nothing: `canonicalize` carries moments too."""
@@ -250,6 +252,7 @@ def one_step(tx: Any, params: Any, state: Any, data: Data) -> tuple[Any, Any]:
     return optax.apply_updates(params, updates), state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["coefficient", "tangent", "adam"])
 def test_signs_of_inputs_do_not_matter(kind: str) -> None:
     """Flipping rows of the problem and of the start flips the trajectory, as for every dense optimizer.
@@ -283,6 +286,7 @@ def completion(condition: float) -> tuple[Data, dict[str, Any]]:
 STEPS = 800
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["coefficient", "tangent"])
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
 def test_heavy_ball_converges_to_a_stationary_point(kind: str, condition: float) -> None:
@@ -357,6 +361,7 @@ def distance(kind: str, h: float, small: float, width: int = 4, theta: float | N
     return max(float(np.linalg.norm(a - b)) for a, b in zip(Ws[:steps], full[1:], strict=True))
 
 
+@pytest.mark.slow
 # Measured with tangent momentum for h = 0.1, 0.05, 0.025, 0.0125 (and 0.0016): 1.76e-2, 1.06e-2, 6.2e-3, 3.4e-3
 # (4.7e-4), order one in the limit. With coefficient momentum, where every truncation drops what leaves the bases:
 # 5.4e-2, 3.9e-2, 2.7e-2, 1.8e-2 (6.2e-3), order one half: at fixed rank truncation is not small against h.
@@ -375,12 +380,14 @@ def test_distance_to_full_rank_shrinks_with_h_whatever_sigma_min(kind: str, boun
     assert np.all(np.ptp(errors, axis=1) < 2e-4)
 
 
+@pytest.mark.slow
 def test_distance_to_full_rank_has_the_size_of_a_small_singular_value() -> None:
     """A singular value of 1e-2 in arbitrary bases is a normal component of that size: c1 eps, not eps / sigma_min."""
     for h in (0.1, 0.0125):
         assert distance("tangent", h, 1e-2) < 0.3 * h + 1e-2  # measured 1.68e-2 and 9.3e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "c3"), [("coefficient", 12.0), ("tangent", 3.0)])
 def test_distance_to_full_rank_shrinks_with_the_tolerance(kind: str, c3: float) -> None:
     # Measured: the excess over theta = 0 is up to 8.5 theta / h with coefficient, 1.7 theta / h with tangent momentum.

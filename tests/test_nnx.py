@@ -82,7 +82,10 @@ def kernels(model):
     return {"/".join(k.key for k in path): leaf for path, leaf in leaves if lro.is_lowrank(leaf)}
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("stacked attention", "mixed")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
 def test_factored_model_and_its_gradient_equal_the_dense_model(name):
     build, shape, paths = CASES[name]
     stock, model = build(rngs=nnx.Rngs(0)), build(rngs=nnx.Rngs(0))
@@ -107,6 +110,7 @@ def test_factored_model_and_its_gradient_equal_the_dense_model(name):
     close(nnx.to_pure_dict(grads), nnx.to_pure_dict(dense_grads), 2e-4)
 
 
+@pytest.mark.slow
 def test_ranks_where_and_errors():
     model = Mixed(nnx.Rngs(0))
     lro.nnx.factorize(model, lambda path, shape: 2, max_rank=4, where=lambda path, shape: path.endswith("kernel"))
@@ -135,6 +139,7 @@ def test_dtype_and_size_of_the_products():
     assert largest(gradient, params) <= 3 * 256
 
 
+@pytest.mark.slow
 def test_low_rank_linear():
     model = lro.nnx.LowRankLinear(8, 6, 2, max_rank=3, use_bias=False, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
     x = draw((4, 8))
@@ -169,6 +174,7 @@ class Net(nnx.Module):
         return self.out(nnx.relu(self.hidden(nnx.relu(self.conv(x)))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", ["coefficient", pytest.param("tangent", marks=pytest.mark.slow)])
 def test_training_with_the_stock_optimizer_reduces_the_loss(momentum):
     tx = lro.lowrank_adam(0.02, momentum=momentum)

@@ -289,7 +289,11 @@ def matrix() -> list[Any]:
             for name in ("stack", "narrow")
         ]
         cases += [(Case(method, "grad_fn", 3, adaptive=True), "stack")]
-    return case_params(*cases)
+    fast = {(Case("heavy ball", "projected"), "stack"), (Case("adam", "projected"), "narrow")}
+    return [
+        p if p.values[1] == "tall" or p.values in fast else pytest.param(*p.values, id=p.id, marks=pytest.mark.slow)
+        for p in case_params(*cases)
+    ]
 
 
 def threshold(
@@ -353,6 +357,7 @@ def test_every_call_from_the_oracles_state(case: Case, name: str) -> None:
     assert ranks == ({RANK} if not case.adaptive else {R_MIN, RANK, R_MAX} if grows else {R_MIN, RANK})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["heavy ball", "adam"])
 @pytest.mark.parametrize(("schedule", "local_steps"), [("projected", 1), ("galerkin", 3)])
 def test_every_call_in_float32(method: str, schedule: str, local_steps: int) -> None:
@@ -392,6 +397,7 @@ def trajectory(
     return errors, seen, history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "name"),
     case_params(
@@ -417,6 +423,7 @@ def test_heavy_ball_trajectory(case: Case, name: str) -> None:
     assert all(relative(b.W, a.W) > 0.1 for a, b in zip(history[0], history[-1], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "name"),
     case_params(
@@ -498,6 +505,7 @@ def geometry_update(momentum: str, retraction: str, params: Any, state: Any, dat
     return optax.apply_updates(params, updates), state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("momentum", "retraction", "name"),
     [
@@ -529,6 +537,7 @@ def test_dense_counterparts(momentum: str, retraction: str, name: str) -> None:
     assert min(moved) > 0.1  # and the trajectories do go somewhere
 
 
+@pytest.mark.slow
 def test_kernels_in_one_tree_do_not_mix() -> None:
     """Kernels of equal shape may be stepped together: each must still be the oracle's."""
     names = {"c": "tall", "a": "wide", "b": "tall", "d": "stack"}

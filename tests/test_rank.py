@@ -158,6 +158,7 @@ def draw_spectra(rows: list[list[float]]) -> list[lro.Spectrum]:
     ]
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     rows=st.lists(st.lists(values, min_size=4, max_size=4), min_size=4, max_size=4),
@@ -191,6 +192,7 @@ def test_budget_against_brute_force(rows: list[list[float]], two_budgets: tuple[
     assert all(np.all(b >= a) for a, b in zip(ranks, larger, strict=True))
 
 
+@pytest.mark.slow
 def test_budget_by_hand() -> None:
     # Costs 17, 19, 21 of (9, 7) and 33, 35 of (30, 2) for one singular value more; energies over costs decide.
     spectra = [spectrum([2.0, 2.0, 1.0], SHAPES[0]), spectrum([3.0, 1.0], SHAPES[1])]
@@ -207,6 +209,7 @@ def test_budget_refuses() -> None:
             lro.budget(**arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-30, 1e-24, 1e-15, 1e15, 1e20, 1e30])
 def test_budget_does_not_depend_on_the_scale(scale: float) -> None:
     spectra = [
@@ -217,6 +220,7 @@ def test_budget_does_not_depend_on_the_scale(scale: float) -> None:
     assert [int(r) for r in lro.budget(74).choose(spectra)] == [3, 1]
 
 
+@pytest.mark.slow
 def test_budget_is_exact_for_large_models() -> None:
     shape, sigma = (100_001, 100_000), np.ones((40, 32), np.float32)
     # Equal energies: cheap values first. Budgets one short of a prefix that float32 sums to less than it is.
@@ -275,6 +279,7 @@ def ranks_of(params: Any, state: Any) -> dict[str, Any]:
     return ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "geometry",
     [
@@ -339,6 +344,7 @@ def test_resize_follows_the_ranks() -> None:
     assert len(traces) == 1  # The width is that of the first trace again.
 
 
+@pytest.mark.slow
 def test_resize_tells_nested_kernels_of_one_name_apart() -> None:
     params = {
         "Dense_0": {"kernel": from_dense(matrix(0, 9, 8, [1.0, 0.5]), 2, 4)},
@@ -372,6 +378,7 @@ def test_no_policy_keeps_the_rank_through_zero() -> None:
         assert ranks_of(point, state) == {"kernel": 2}
 
 
+@pytest.mark.slow
 def test_no_policy_keeps_exact_zeros_alive() -> None:
     """sigma_2 = 0 to the bit at the start of a step: M still moves it."""
     U, V = (np.linalg.qr(np.random.default_rng(i).standard_normal((k, 2)))[0] for i, k in enumerate((9, 8)))

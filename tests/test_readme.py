@@ -5,6 +5,7 @@ import re
 
 import jax
 import numpy as np
+import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -14,6 +15,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
+@pytest.mark.slow
 def test_python_blocks_run_and_the_first_one_learns():
     namespace: dict = {}
     # A reader has neither float64 nor the strict promotion of the other tests.

@@ -72,6 +72,7 @@ def orthonormal(W, atol=1e-13):
 # --- wrappers of optax ----------------------------------------------------------------
 
 
+@slow
 @pytest.mark.parametrize(
     "tx, tolerance",
     [
@@ -101,6 +102,7 @@ def test_multi_steps_equals_one_step_with_the_mean_gradient(tx, tolerance):
     assert int(state.gradient_step) == 1
 
 
+@slow
 def test_apply_if_finite_skips_a_bad_step():
     tx = optax.apply_if_finite(lro.lowrank_heavy_ball(0.1), max_consecutive_errors=5)
     params = tree()
@@ -127,6 +129,7 @@ def _others_only(tree):
     return jax.tree.map(lambda x: not lro.is_lowrank(x), tree, is_leaf=lro.is_lowrank)
 
 
+@slow
 @pytest.mark.parametrize("form", [pytest.param("callable", marks=slow), "prefix tree"])
 def test_masked_trains_only_the_kernels(form):
     params = tree()
@@ -166,6 +169,7 @@ def _labels_per_leaf(params):
 PREFIX = {"one": "a", "two": {"kernel": "b", "bias": "b"}}
 
 
+@slow
 @pytest.mark.parametrize(
     "labels",
     [
@@ -186,6 +190,7 @@ def test_partition_gives_each_layer_its_optimizer(labels):
         close(new[layer], expected)
 
 
+@slow
 def test_partition_freezes_a_layer():
     params = {"one": tree(seed=1), "two": tree(seed=2)}
     tx = optax.partition(
@@ -212,6 +217,7 @@ def test_masks_per_leaf_that_leave_kernels_out():
     assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
+@slow
 def test_chain_and_snapshot_and_states_by_name():
     """What a chain puts around `fixed_rank`, and what can be read off its state afterwards."""
     params = tree()
@@ -366,6 +372,7 @@ def _trees():
     }
 
 
+@slow
 @pytest.mark.parametrize("factory", [lro.lowrank_heavy_ball, lro.lowrank_muon])
 @pytest.mark.parametrize("name", _trees())
 def test_every_kind_of_tree(factory, name):
@@ -464,6 +471,7 @@ RESIZED = {
 }
 
 
+@slow
 @pytest.mark.parametrize(
     "name, width",
     [pytest.param(n, 5, marks=() if n == "inject" else slow) for n in RESIZED]
@@ -487,6 +495,7 @@ def test_resize_keeps_the_kernel_and_the_trajectory(name, width):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
 
 
+@slow
 def test_resize_below_the_rank_truncates_and_says_so():
     tx, params = lro.lowrank_heavy_ball(0.05), tree(rank=4, max_rank=4)
     state = tx.init(params)
@@ -516,6 +525,7 @@ def test_resize_takes_fractions_and_callables_and_batches():
         np.testing.assert_allclose(gram, np.broadcast_to(np.eye(4), gram.shape), atol=1e-13)
 
 
+@slow
 def test_incremental_update_averages_kernels():
     a, b = tree(seed=1), tree(seed=2)
     mean = jax.jit(lambda a, b: lro.incremental_update(a, b, 0.25))(a, b)
@@ -534,6 +544,7 @@ def test_incremental_update_averages_kernels():
 # --- factorize, densify, initialisers -------------------------------------------------
 
 
+@slow
 def test_factorize_is_the_best_approximation_and_densify_its_inverse():
     W = jax.random.normal(jax.random.key(0), (6, 5), jnp.float64)
     P, sigma, Qt = np.linalg.svd(W)
