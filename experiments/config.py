@@ -1,99 +1,94 @@
-"""The settings of a pre-training run and their command line."""
+"""The settings that all experiments share, and their command line."""
 
 import argparse
 import dataclasses
 import itertools
 import json
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from experiments.gpt import GPTConfig
 from experiments.methods import METHODS, Settings
+from experiments.task import Task
 
 
 class ConfigError(Exception):
     """The settings cannot be used; the message is one line."""
 
 
-def _field(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
+def option(default: Any, text: str, *choices: str) -> Any:
+    """A setting with its description, and the values it may have."""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that decides a run's numbers, saved in `config.json` and in each metrics file."""
+    """Everything that decides a run's numbers, saved in `config.json` and in each metrics file.
 
-    method: str = _field(
-        "full,lora,naive,lowrank_adam,lowrank_muon",
-        f"one or several, separated by commas, of: {', '.join(METHODS)}",
-    )
-    steps: int = _field(300, "training steps; the learning-rate schedule ends with them")
-    batch: int = _field(24, "windows a step")
-    context: int = _field(64, "bytes a window")
-    rank: int = _field(16, "rank of every kernel in the transformer blocks")
-    tolerance: float = _field(0.0, "relative tail that lowrank_* may discard; 0 keeps the rank")
-    momentum: str = _field("coefficient", "of lowrank_*: coefficient (r x r kept) or tangent")
-    lr: float = _field(0.0, "peak step size of the block kernels; 0 is the method's tuned one")
-    weight_decay: float = _field(0.01, "decoupled weight decay")
-    seed: int = _field(0, "seed of the initial weights and of the batches")
-    data: str = _field("", "text file or folder; empty is the standard library's *.py files")
-    d: int = _field(128, "width of the model")
-    layers: int = _field(3, "transformer blocks")
-    heads: int = _field(4, "attention heads")
-    dtype: str = _field("float32", "of the activations: float32 or bfloat16")
-    eval_windows: int = _field(384, "validation windows")
-    eval_every: int = _field(50, "steps between validations")
-    log_every: int = _field(10, "steps between records of the training loss")
-    save_every: int = _field(100, "steps between checkpoints")
+    An experiment is a subclass with more settings and the method `task`.
+    """
+
+    name: ClassVar[str]
+    smoke: ClassVar[Mapping[str, Any]]
+    tuned: ClassVar[Mapping[str, float]] = {}  # the step size of each method, where it was searched for
+
+    method: str = option("full,lowrank_adam", f"one or several, separated by commas, of: {', '.join(METHODS)}")
+    steps: int = option(300, "training steps; the learning-rate schedule ends with them")
+    batch: int = option(24, "examples a step")
+    rank: int = option(16, "rank of every factored kernel, at most")
+    max_rank: int = option(0, "width of the factors that ranks may grow into; 0 is the rank")
+    tolerance: float = option(0.0, "relative tail that lowrank_* may discard; 0 keeps the rank")
+    budget: int = option(0, "parameters that all kernels of lowrank_* may have together; 0 keeps the ranks")
+    momentum: str = option("", "of lowrank_*; empty is the default of the library", "", "coefficient", "tangent")
+    gradient: str = option("projected", "of lowrank_*", "projected", "galerkin")
+    local_steps: int = option(1, "coefficient steps of a galerkin loop")
+    retraction: str = option("svd", "of lowrank_*", "svd", "bug")
+    lr: float = option(0.0, "peak step size of the factored kernels; 0 is the method's tuned one")
+    lr_others: float = option(3e-3, "peak step size of AdamW for all other parameters")
+    weight_decay: float = option(0.01, "decoupled weight decay")
+    seed: int = option(0, "seed of the initial weights and of the batches")
+    eval_every: int = option(50, "steps between validations")
+    log_every: int = option(10, "steps between records of the training loss")
+    save_every: int = option(100, "steps between checkpoints; 0 saves none")
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.methods if name not in METHODS]
         if unknown or not self.methods:
             raise ConfigError(f"--method {self.method}: choose from {', '.join(METHODS)}")
-        for name in _POSITIVE:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1")
-        if self.rank > self.d:
-            raise ConfigError(f"--rank {self.rank}: at most the width, --d {self.d}")
-        if self.d % self.heads:
-            raise ConfigError(f"--d {self.d}: not a multiple of --heads {self.heads}")
+        for field in dataclasses.fields(self):
+            value, flag = getattr(self, field.name), field.name.replace("_", "-")
+            choices = field.metadata["choices"]
+            if choices and value not in choices:
+                raise ConfigError(f"--{flag} {value}: choose from {', '.join(filter(None, choices))}")
+            least = 0 if field.default == 0 or field.name in ("save_every", "seed") else 1
+            if isinstance(value, int) and value < least:
+                raise ConfigError(f"--{flag} {value}: at least {least}")
         if not 0 <= self.tolerance < 1:
             raise ConfigError(f"--tolerance {self.tolerance}: at least 0 and below 1")
-        if self.momentum not in ("coefficient", "tangent"):
-            raise ConfigError(f"--momentum {self.momentum}: coefficient or tangent")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"--dtype {self.dtype}: float32 or bfloat16")
+        if self.max_rank and self.max_rank < self.rank:
+            raise ConfigError(f"--max-rank {self.max_rank}: at least the rank, {self.rank}")
 
     @property
     def methods(self) -> list[str]:
         return [name.strip() for name in self.method.split(",") if name.strip()]
 
     @property
-    def settings(self) -> Settings:
-        return Settings(self.steps, self.weight_decay, self.momentum, self.tolerance)
+    def adapt(self) -> bool:
+        """Whether kernels keep their first value and a low-rank change of it is trained."""
+        return False
 
-    @property
-    def model(self) -> GPTConfig:
-        return GPTConfig(self.d, self.layers, self.heads, self.context, self.dtype)
+    def learning_rate(self, method: str) -> float:
+        return self.lr or self.tuned.get(method, METHODS[method].learning_rate)
 
+    def settings(self, method: str) -> Settings:
+        """What the optimizer of a method needs to know."""
+        names = [field.name for field in dataclasses.fields(Settings)]
+        values = {name: getattr(self, name) for name in names if name != "learning_rate"}
+        return Settings(learning_rate=self.learning_rate(method), **values)
 
-_POSITIVE = "steps batch context rank d layers heads eval_windows eval_every log_every save_every"
-_POSITIVE = _POSITIVE.split()
-
-SMOKE = {
-    "steps": 6,
-    "batch": 4,
-    "context": 16,
-    "rank": 4,
-    "d": 32,
-    "layers": 1,
-    "heads": 2,
-    "eval_windows": 8,
-    "eval_every": 3,
-    "log_every": 1,
-    "save_every": 3,
-}
+    def task(self) -> Task:
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,48 +96,48 @@ class Session:
     """What concerns this process only."""
 
     out: Path
-    resume: bool
-    overwrite: bool
-    stop_at: int | None
+    resume: bool = False
+    overwrite: bool = False
+    stop_at: int | None = None
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[Config, Session]:
+def parse(cls: type[Config], argv: Sequence[str] | None = None) -> tuple[Config, Session]:
     """Flags over `--smoke` over the run that `--resume` continues over the defaults."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.pretrain",
-        description="Pre-train a byte-level GPT with full and low-rank kernels and compare them.",
+        prog=f"python -m experiments.{cls.name}",
+        description=(typing.cast(str, cls.__doc__)).splitlines()[0],
     )
-    for field in dataclasses.fields(Config):
+    for field in dataclasses.fields(cls):
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
-            type=field.type,
+            type=typing.cast(Any, field.type),
             default=argparse.SUPPRESS,
             help=f"{field.metadata['help']} (default: {field.default!r})",
         )
-    parser.add_argument("--out", type=Path, help="default: the first new runs/demo, runs/demo-2, ...")
+    parser.add_argument("--out", type=Path, help=f"default: the first new runs/{cls.name}, runs/{cls.name}-2, ...")
     parser.add_argument("--smoke", action="store_true", help="a few steps of a minute model")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run in --out")
     again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     parser.add_argument("--stop-at", type=int, metavar="STEP", help="save and leave at this step")
     flags = vars(parser.parse_args(argv))
-    smoke = SMOKE if flags.pop("smoke") else {}
-    flags["out"] = flags["out"] or _default_folder("smoke" if smoke else "demo", flags["resume"])
+    smoke = cls.smoke if flags.pop("smoke") else {}
+    flags["out"] = flags["out"] or _default_folder("smoke" if smoke else cls.name, flags["resume"])
     session = Session(*(flags.pop(f.name) for f in dataclasses.fields(Session)))
 
     saved = session.out / "config.json"
     if not session.resume:
         if saved.exists() and not session.overwrite:
             raise ConfigError(f"{session.out} holds a run: add --resume, --overwrite or --out PATH")
-        return Config(**{**smoke, **flags}), session
+        return cls(**{**smoke, **flags}), session
     if not saved.exists():
         raise ConfigError(f"--resume: no run in {session.out} (config.json is missing)")
     before = json.loads(saved.read_text())
     for name, value in {**smoke, **flags}.items():
-        if value != before[name]:
+        if value != before.get(name):
             flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} {value}: {session.out} was started with {before[name]}")
-    return Config(**before), session
+            raise ConfigError(f"--{flag} {value}: {session.out} was started with {before.get(name)}")
+    return cls(**before), session
 
 
 def _default_folder(name: str, resume: bool) -> Path:

@@ -1,25 +1,22 @@
-"""The methods that `experiments.pretrain` compares, as data.
+"""The methods that the experiments compare, as data: how a kernel is kept, and what steps it.
 
-    full                AdamW on the dense kernels
-    lora                W = A B, A random, B = 0, AdamW. Without LoRA's frozen weight every residual branch is zero and
-                        so is the gradient of its factors: at any step size the model sees one byte and its position.
-    factors             W = A B from the truncated SVD of the dense kernel, AdamW: the baseline to beat
+    full                dense kernels, AdamW
+    full_muon           dense kernels, `optax.contrib.muon`
+    galore              dense kernels, `optax.contrib.galore`: Adam in a subspace of the gradient
+    lora                W = A B, A random, B = 0, AdamW. Trained from scratch, without LoRA's frozen weight, every
+                        residual branch is zero and so is the gradient of its factors
+    lora_muon           the same, Muon on A and on B
+    factors             W = A B from the truncated SVD of the dense kernel, AdamW
+    factors_muon        the same, Muon on A and on B
     naive               W = U S V^T from that SVD, AdamW on the three factors as if they were ordinary arrays
     lowrank_adam        W = U S V^T from that SVD, on the manifold
-    lowrank_heavy_ball
     lowrank_muon
+    lowrank_heavy_ball
+    full_heavy_ball, factors_heavy_ball, naive_heavy_ball
+                        heavy ball on W, on A and B, on U, S and V
 
-Every method trains embeddings, positions, norms and head by the same AdamW. The step size of the block kernels is the
-best of a grid of factors of two around it (of three for heavy ball), by the validation loss of the demo (300 steps,
-rank 16, seed 0); the grid was widened until its best was not at an edge:
-
-    full                1.5e-3: 1.999   3e-3: 1.970    6e-3: 2.079
-    lora                3e-3: 2.495     1e-2: 2.495, the same to the last digit
-    factors             7.5e-4: 2.295   1.5e-3: 2.266  3e-3: 2.288   6e-3: 2.291
-    naive               1.5e-3: 2.263   3e-3: 2.257    6e-3: 2.374
-    lowrank_adam        1.2e-2: 2.238   2.4e-2: 2.215  4.8e-2: 2.349
-    lowrank_heavy_ball  0.1: 2.324      0.3: 2.307     1.0: 2.315
-    lowrank_muon        2e-2: 2.182     4e-2: 2.131    8e-2: 2.137
+Where the task is to adapt a pretrained model, W stays and these are the forms of a change added to it, which is zero
+at first. Every method trains all other parameters by the same AdamW.
 """
 
 import dataclasses
@@ -32,156 +29,180 @@ import numpy as np
 import optax
 
 import lowrank_optax as lro
-from experiments import pair
-from experiments.gpt import is_block_kernel
+from experiments import kernels
+from experiments.task import Params, Task
 
-DENSE_LEARNING_RATE = 3e-3  # of embeddings, positions, norms and head, under every method
+B2 = 0.99
+BETA = 0.9  # of heavy ball
 CLIP = 1.0
 WARM_UP = 0.1  # of the steps
 
-Params = Any
-Transformation = optax.GradientTransformation
 Schedule = Callable[[Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What all methods share."""
+    """What the optimizer of a method needs to know; the fields are those of `config.Config`."""
 
+    learning_rate: float
+    lr_others: float
     steps: int
-    weight_decay: float = 0.01
-    momentum: str = "coefficient"
-    tolerance: float = 0.0
+    rank: int
+    weight_decay: float
+    tolerance: float
+    budget: int
+    momentum: str
+    gradient: str
+    local_steps: int
+    retraction: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """The tuned step size of the block kernels, how they are kept, and how they are stepped."""
+    """How kernels are kept, how they are stepped, and a step size to begin a search with."""
 
+    form: str
+    optimizer: Callable[[Schedule, Settings], optax.GradientTransformation]
     learning_rate: float
-    factor: Callable[[Params, int, jax.Array], Params]
-    apply: Callable[[nn.Module], Callable[..., Any]]
-    optimizer: Callable[[Schedule, Settings], Transformation]
 
 
-def _dense(params: Params, rank: int, key: jax.Array) -> Params:
-    del rank, key
-    return params
+def _adamw(schedule: Schedule, settings: Settings) -> optax.GradientTransformation:
+    clip = optax.clip_by_global_norm(CLIP)
+    return optax.chain(clip, optax.adamw(schedule, b2=B2, weight_decay=settings.weight_decay))
 
 
-def _dense_apply(model: nn.Module) -> Callable[..., Any]:
-    return model.apply
+def _heavy_ball(schedule: Schedule, settings: Settings) -> optax.GradientTransformation:
+    clip = optax.clip_by_global_norm(CLIP)
+    decay = optax.add_decayed_weights(settings.weight_decay)
+    return optax.chain(clip, optax.trace(BETA), decay, optax.scale_by_learning_rate(schedule))
 
 
-def _low_rank(params: Params, rank: int, key: jax.Array) -> Params:
-    del key
-    return lro.factorize(params, rank, where=is_block_kernel)
+def _muon(schedule: Schedule, settings: Settings) -> optax.GradientTransformation:
+    def matrix(x: jax.Array) -> Any:
+        return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1)
+
+    def axes(params: Params) -> Any:
+        return jax.tree.map(matrix, params)
+
+    return optax.contrib.muon(schedule, weight_decay=settings.weight_decay, muon_weight_dimension_numbers=axes)
 
 
-def _lora(params: Params, rank: int, key: jax.Array) -> Params:
-    keys = iter(jax.random.split(key, len(jax.tree.leaves(params))))
-    return _map_kernels(lambda kernel: pair.lora(next(keys), kernel, rank), params)
+def _galore(schedule: Schedule, settings: Settings) -> optax.GradientTransformation:
+    gap = max(1, settings.steps // 30)  # the default, 200, would leave short runs with one or two bases
+    inner = optax.scale_by_adam(b2=B2)
+    return optax.contrib.galore(schedule, settings.rank, gap, base_optimizer=inner, weight_decay=settings.weight_decay)
 
 
-def _balanced(params: Params, rank: int, key: jax.Array) -> Params:
-    del key
-    return _map_kernels(lambda kernel: pair.balanced(kernel, rank), params)
+def _geometry(settings: Settings) -> dict[str, Any]:
+    """The options of `lro.fixed_rank` that the settings name."""
+    policy = None
+    if settings.budget:
+        policy = lro.budget(settings.budget)
+    elif settings.tolerance:
+        policy = lro.tolerance(settings.tolerance)
+    options = {"gradient": settings.gradient, "local_steps": settings.local_steps, "retraction": settings.retraction}
+    return {**options, "rank": policy, **({"momentum": settings.momentum} if settings.momentum else {})}
 
 
-def _adamw(schedule: Schedule, settings: Settings) -> Transformation:
-    return optax.chain(
-        optax.clip_by_global_norm(CLIP),
-        optax.adamw(schedule, b2=0.99, weight_decay=settings.weight_decay),
-    )
-
-
-def _lowrank_adam(schedule: Schedule, settings: Settings) -> Transformation:
+def _lowrank_adam(schedule: Schedule, settings: Settings) -> optax.GradientTransformation:
     # lro.lowrank_adam with clipping, which must be inside to act on the Riemannian norm.
     return lro.fixed_rank(_adamw(schedule, settings), **_geometry(settings))
 
 
-def _lowrank_heavy_ball(schedule: Schedule, settings: Settings) -> Transformation:
-    inner = optax.chain(
-        optax.clip_by_global_norm(CLIP),
-        optax.trace(0.9),
-        optax.add_decayed_weights(settings.weight_decay),
-        optax.scale_by_learning_rate(schedule),
-    )
-    return lro.fixed_rank(inner, **_geometry(settings))
+def _lowrank_heavy_ball(schedule: Schedule, settings: Settings) -> optax.GradientTransformation:
+    return lro.fixed_rank(_heavy_ball(schedule, settings), **_geometry(settings))
 
 
-def _lowrank_muon(schedule: Schedule, settings: Settings) -> Transformation:
+def _lowrank_muon(schedule: Schedule, settings: Settings) -> optax.GradientTransformation:
     return lro.lowrank_muon(schedule, weight_decay=settings.weight_decay, **_geometry(settings))
 
 
-def _geometry(settings: Settings) -> dict[str, Any]:
-    policy = lro.tolerance(settings.tolerance) if settings.tolerance else None
-    return {"momentum": settings.momentum, "rank": policy}
-
-
 METHODS: dict[str, Method] = {
-    "full": Method(3e-3, _dense, _dense_apply, _adamw),
-    "lora": Method(3e-3, _lora, pair.apply, _adamw),
-    "factors": Method(1.5e-3, _balanced, pair.apply, _adamw),
-    "naive": Method(3e-3, _low_rank, lro.linen.apply, _adamw),
-    "lowrank_adam": Method(2.4e-2, _low_rank, lro.linen.apply, _lowrank_adam),
-    "lowrank_heavy_ball": Method(0.3, _low_rank, lro.linen.apply, _lowrank_heavy_ball),
-    "lowrank_muon": Method(4e-2, _low_rank, lro.linen.apply, _lowrank_muon),
+    "full": Method("dense", _adamw, 3e-3),
+    "full_muon": Method("dense", _muon, 2e-2),
+    "full_heavy_ball": Method("dense", _heavy_ball, 0.3),
+    "galore": Method("dense", _galore, 1e-2),
+    "lora": Method("zero pair", _adamw, 3e-3),
+    "lora_muon": Method("zero pair", _muon, 2e-2),
+    "factors": Method("pair", _adamw, 1.5e-3),
+    "factors_muon": Method("pair", _muon, 2e-2),
+    "factors_heavy_ball": Method("pair", _heavy_ball, 0.3),
+    "naive": Method("low rank", _adamw, 3e-3),
+    "naive_heavy_ball": Method("low rank", _heavy_ball, 0.3),
+    "lowrank_adam": Method("low rank", _lowrank_adam, 2.4e-2),
+    "lowrank_heavy_ball": Method("low rank", _lowrank_heavy_ball, 0.3),
+    "lowrank_muon": Method("low rank", _lowrank_muon, 4e-2),
 }
 
 
-def optimizer(method: Method, learning_rate: float, settings: Settings) -> Transformation:
-    """The method for the block kernels and AdamW for all other leaves, each clipped by itself."""
+def factor(method: Method, task: Task, params: Params, rank: int, max_rank: int, adapt: bool, key: jax.Array) -> Params:
+    """The dense parameters with every kernel in the form of the method."""
+    if method.form == "dense":
+        return params
+    ordinary = method.optimizer in (_lowrank_adam, _lowrank_heavy_ball, _lowrank_muon)
+    width = max_rank if ordinary and max_rank else None
+    lowrank = lro.factorize(params, rank, max_rank=width, where=task.is_kernel)
+    leaves = len(jax.tree.leaves(params))
+    keys = iter(jax.random.split(key, leaves))
+
+    def change(W: lro.LowRank) -> Any:
+        if method.form == "low rank":
+            return kernels.zero_lowrank(next(keys), W) if adapt else W
+        zero = adapt or method.form == "zero pair"
+        return kernels.zero_pair(next(keys), W) if zero else kernels.balanced(W)
+
+    def one(W: Any, dense: Any) -> Any:
+        if not lro.is_lowrank(W):
+            return W
+        return kernels.Adapter(dense, change(W)) if adapt else change(W)
+
+    return jax.tree.map(one, lowrank, params, is_leaf=lro.is_lowrank)
+
+
+def apply(method: Method, model: nn.Module) -> Callable[..., Any]:
+    """The model's apply function for parameters in the form of the method."""
+    return model.apply if method.form == "dense" else kernels.apply(model)
+
+
+def optimizer(method: Method, task: Task, settings: Settings) -> optax.GradientTransformation:
+    """The method for the kernels and AdamW for all other leaves, each clipped by itself."""
 
     def schedule(peak: float) -> Schedule:
         steps = max(2, settings.steps)
         warm_up = max(1, round(WARM_UP * steps))
         return optax.warmup_cosine_decay_schedule(0.0, peak, warm_up, steps, 0.1 * peak)
 
-    def label(path: tuple, leaf: Any) -> str:
-        kernel = _is_factored(leaf) or is_block_kernel(_name(path), leaf.shape)
-        return "kernels" if kernel else "others"
+    def label(path: tuple, leaf: Any) -> Any:
+        if isinstance(leaf, kernels.Adapter):
+            return kernels.Adapter("frozen", "kernels")
+        if kernels.is_factored(leaf) or task.is_kernel(_name(path), leaf.shape):
+            return "kernels"
+        return "frozen" if task.is_frozen(_name(path)) else "others"
 
     def labels(params: Params) -> Any:
-        return jax.tree_util.tree_map_with_path(label, params, is_leaf=_is_factored)
+        return jax.tree_util.tree_map_with_path(label, params, is_leaf=kernels.is_factored)
 
     return optax.partition(
         {
-            "kernels": method.optimizer(schedule(learning_rate), settings),
-            "others": _adamw(schedule(DENSE_LEARNING_RATE), settings),
+            "kernels": method.optimizer(schedule(settings.learning_rate), settings),
+            "others": _adamw(schedule(settings.lr_others), settings),
+            "frozen": optax.set_to_zero(),
         },
         labels,
     )
 
 
-def mean_rank(params: Params) -> float:
-    """Mean rank of the block kernels: the active one if low-rank, else the largest possible."""
-    ranks = [np.asarray(r, float).mean() for r in _ranks(params).values()]
-    return float(np.mean(ranks or _kernel_widths(params)))
+def mean_rank(params: Params) -> float | None:
+    """Mean rank of the factored kernels: the active one if low-rank, else their width; None for a dense model."""
+    nodes = [x for x in jax.tree.leaves(params, is_leaf=kernels.is_factored) if kernels.is_factored(x)]
+    nodes = [x.delta if isinstance(x, kernels.Adapter) else x for x in nodes]
+    pairs = [x.A.shape[-1] for x in nodes if isinstance(x, kernels.Pair)]
+    if pairs or not nodes:
+        return float(np.mean(pairs)) if pairs else None
+    return float(np.mean([np.asarray(r, float).mean() for r in _ranks(nodes).values()]))
 
 
 _ranks = jax.jit(lro.ranks)  # its small operations take seconds to compile one by one
-
-
-def _kernel_widths(params: Params) -> list[int]:
-    widths = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_factored):
-        if isinstance(leaf, pair.Pair):
-            widths.append(leaf.A.shape[-1])
-        elif is_block_kernel(_name(path), leaf.shape):
-            widths.append(min(leaf.shape))
-    return widths
-
-
-def _map_kernels(factor: Callable[[jax.Array], pair.Pair], params: Params) -> Params:
-    def one(path: tuple, leaf: jax.Array) -> Any:
-        return factor(leaf) if is_block_kernel(_name(path), leaf.shape) else leaf
-
-    return jax.tree_util.tree_map_with_path(one, params)
-
-
-def _is_factored(x: Any) -> bool:
-    return isinstance(x, lro.LowRank | pair.Pair)
 
 
 def _name(path: tuple) -> str:

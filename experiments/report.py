@@ -1,6 +1,6 @@
-"""The table and the figure of a pre-training run, from its JSON lines.
+"""The table and the figure of a run, from its JSON lines.
 
-python -m experiments.report runs/demo
+python -m experiments.report runs/pretrain
 """
 
 import argparse
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments import metrics
+from experiments.methods import METHODS
 
-COLUMNS = ("method", "parameters", "optimizer state (bytes)", "step (ms)", "validation (nats/byte)")
-METHOD_ORDER = ("full", "lora", "factors", "naive")  # the low-rank ones follow
+COLUMNS = ("method", "parameters", "optimizer state (bytes)", "step (ms)", "validation loss")
 
 Run = tuple[dict[str, Any], list[dict[str, Any]]]
 
@@ -30,7 +30,8 @@ def rows(runs: dict[str, Run]) -> list[tuple[str, ...]]:
 
 def table(runs: dict[str, Run]) -> str:
     """The rows under their headings, numbers flush right."""
-    lines = [COLUMNS, *rows(runs)]
+    unit = next(iter(runs.values()))[0]["unit"]
+    lines = [(*COLUMNS[:-1], f"{COLUMNS[-1]} ({unit})"), *rows(runs)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
     for name, *numbers in lines:
@@ -55,8 +56,8 @@ def figure(runs: dict[str, Run], path: Path) -> None:
     settings = next(iter(runs.values()))[0]
     axis.set(
         xlabel="training steps",
-        ylabel="validation loss (nats/byte)",
-        title=f"{settings['layers']}-layer GPT, d = {settings['d']}, rank {settings['rank']}, seed {settings['seed']}",
+        ylabel=f"validation loss ({settings['unit']})",
+        title=f"{settings['experiment']}, rank {settings['rank']}, seed {settings['seed']}",
     )
     later = [r["validation_loss"] for _, rs in runs.values() for r in rs if r.get("validation_loss") and r["step"]]
     if later:  # the untrained model's loss would squeeze all curves into the lowest fifth
@@ -76,8 +77,8 @@ def write(folder: Path) -> None:
 
 
 def _place(name: str) -> tuple[int, str]:
-    place = METHOD_ORDER.index(name) if name in METHOD_ORDER else len(METHOD_ORDER)
-    return place, name
+    """Methods in the order in which `METHODS` lists them."""
+    return list(METHODS).index(name) if name in METHODS else len(METHODS), name
 
 
 def _row(header: dict[str, Any], records: list[dict[str, Any]]) -> tuple[str, ...]:
@@ -99,7 +100,7 @@ def _row(header: dict[str, Any], records: list[dict[str, Any]]) -> tuple[str, ..
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/demo"))
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/pretrain"))
     folder = parser.parse_args().folder
     if not any(folder.glob("*.jsonl")):
         sys.exit(f"{folder}: no *.jsonl metrics there")

@@ -2,17 +2,16 @@
 
 import dataclasses
 import os
+import platform
 import sysconfig
 from pathlib import Path
 
 import numpy as np
 
+from experiments.task import DataError
+
 HOLD_OUT = 20  # every 20th file, or the last 20th of too few files, is validation
 EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-
-
-class DataError(Exception):
-    """The data cannot be used; the message is one line that names the path."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +27,7 @@ def load(path: str | None = None) -> Corpus:
     """Read `path`, a text file or a folder of them; None is the standard library's `*.py`."""
     if path is None:
         root = Path(sysconfig.get_path("stdlib"))
-        return _split(f"standard library {root}", _read_folder(root, ".py", EXCLUDED))
+        return _split(f"standard library of Python {platform.python_version()}", _read_folder(root, ".py", EXCLUDED))
     root = Path(path).expanduser()
     if root.is_dir():
         files = _read_folder(root)

@@ -1,0 +1,86 @@
+"""Kernels kept in other forms than U S V^T: a plain pair of factors, and a frozen kernel with an adapter."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+import lowrank_optax as lro
+
+
+@flax.struct.dataclass
+class Pair:
+    """W = A B, with A (inputs..., r) and B (r, outputs...): low rank without geometry."""
+
+    A: jax.Array
+    B: jax.Array
+
+
+@flax.struct.dataclass
+class Adapter:
+    """W = base + delta, with a base that is not trained and a delta of low rank."""
+
+    base: jax.Array
+    delta: Any
+
+
+def is_factored(x: Any) -> bool:
+    """Whether `x` stands for one kernel and is no plain array."""
+    return isinstance(x, lro.LowRank | Pair | Adapter)
+
+
+def balanced(W: lro.LowRank) -> Pair:
+    """A and B of a kernel from an SVD, its singular values shared evenly."""
+    root = jnp.sqrt(jnp.diagonal(W.S))
+    return Pair(W.U * root, jnp.moveaxis(W.V * root, -1, 0))
+
+
+def zero_pair(key: jax.Array, W: lro.LowRank) -> Pair:
+    """LoRA's start: A random with unit gain, B = 0."""
+    fan_in = W.U.size // W.rank
+    A = jax.random.normal(key, W.U.shape, W.dtype) / jnp.sqrt(fan_in)
+    return Pair(A, jnp.zeros((W.rank, *W.out_shape), W.dtype))
+
+
+def zero_lowrank(key: jax.Array, W: lro.LowRank) -> lro.LowRank:
+    """S = 0 between random orthonormal bases: the first gradient of S is not zero, so the first step counts."""
+    split = lro.Axes(len(W.batch_shape), len(W.in_shape))
+    W = lro.lowrank_init(W.rank, axes=split)(key, W.shape, W.dtype)
+    return lro.LowRank(W.U, jnp.zeros_like(W.S), W.V)
+
+
+def apply(model: nn.Module) -> Callable[..., Any]:
+    """`lro.linen.apply` in which an `nn.Dense`, `nn.DenseGeneral` or `nn.Conv` may hold a Pair or an Adapter.
+
+    An Adapter runs in `nn.Dense` only.
+    """
+    factored = lro.linen.apply(model)
+
+    def adapted(run: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        module = context.module
+        if isinstance(module, nn.Dense) and context.method_name == "__call__":
+            kernel = module.get_variable("params", "kernel")
+            if isinstance(kernel, Adapter):
+                base = jax.lax.stop_gradient(kernel.base)
+                x, base, delta = nn.dtypes.promote_dtype(*args, base, kernel.delta, dtype=module.dtype)
+                y = x @ base + x @ delta
+                return y + module.get_variable("params", "bias").astype(y.dtype) if module.use_bias else y
+        return run(*args, **kwargs)
+
+    def applied(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        params = jax.tree.map(_as_lowrank, variables["params"], is_leaf=is_factored)
+        with nn.intercept_methods(adapted):
+            return factored({**variables, "params": params}, *args, **kwargs)
+
+    return applied
+
+
+def _as_lowrank(x: Any) -> Any:
+    if isinstance(x, Adapter):
+        return Adapter(x.base, _as_lowrank(x.delta))
+    if not isinstance(x, Pair):
+        return x
+    return lro.LowRank(x.A, jnp.eye(x.A.shape[-1], dtype=x.A.dtype), jnp.moveaxis(x.B, 0, -1))

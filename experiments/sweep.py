@@ -1,0 +1,167 @@
+"""Search the step size of every method by the same rule, then repeat the best with more seeds.
+
+    python -m experiments.sweep pretrain --method full lowrank_adam lowrank_adam:momentum=tangent -- --steps 1500
+
+A method may carry settings of its own after a colon. For each the step size moves by factors of two from the one given
+by the experiment, on the first seed, until the best lies inside the grid; then the other seeds run at the best. What
+follows `--` goes to every run. Each finished run adds one line to `results/<experiment>.jsonl`, and a run that is
+there already is not repeated: start the same command again after an interruption.
+"""
+
+import argparse
+import concurrent.futures
+import importlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments import metrics
+from experiments.config import parse
+from experiments.methods import METHODS
+
+NOT_SETTINGS = {"eval_every", "log_every", "save_every"}  # they change no number
+DIVERGED = math.inf
+
+
+class Store:
+    """The results file: one finished run a line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._lock = path, threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.runs = read(path) if path.exists() else []
+
+    def find(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+        return next((run for run in self.runs if run["settings"] == settings), None)
+
+    def add(self, run: dict[str, Any]) -> None:
+        with self._lock:
+            self.runs.append(run)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(run, separators=(",", ":")) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The runs of a results file."""
+    runs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            runs.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            sys.exit(f"{path}: line {number} is not JSON ({error.msg})")
+    return runs
+
+
+def final(run: dict[str, Any]) -> float:
+    """The last validation loss; infinite for a run that diverged."""
+    value = run["curve"][-1][1]
+    return DIVERGED if value is None or run["curve"][-1][0] < run["settings"]["steps"] else value
+
+
+def summarise(label: str, settings: dict[str, Any], path: Path) -> dict[str, Any]:
+    """One line from the metrics file of a run."""
+    header, records = metrics.read(path)
+    checks = [r for r in records if "validation_loss" in r]
+    times = [r["step_ms"] for r in records if "step_ms" in r]
+    ranks = [[r["step"], round(r["rank"], 2)] for r in records if "rank" in r]
+    kept = ("experiment", "parameters", "state_bytes", "data", "unit", "jax", "device")
+    run = {"label": label, **{k: header[k] for k in kept}, "settings": settings}
+    run["curve"] = [[r["step"], _round(r["validation_loss"])] for r in checks]
+    for name in checks[-1]:
+        if name not in ("step", "validation_loss"):
+            run[name.removeprefix("validation_")] = _round(checks[-1][name])
+    if len({rank for _, rank in ranks}) > 1:
+        run["ranks"] = ranks[:: max(1, len(ranks) // 20)]
+    run["step_ms"] = round(statistics.median(times), 1) if times else None
+    return run
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")
+
+
+class Sweep:
+    """Runs of one experiment, each in a process of its own."""
+
+    def __init__(self, experiment: str, flags: list[str], store: Store, pin: bool) -> None:
+        self.config = importlib.import_module(f"experiments.{experiment}").CONFIG
+        self.flags, self.store, self.pin = flags, store, pin
+
+    def run(self, label: str, lr: float, seed: int) -> float:
+        """The final validation loss of one run, from the store if it is there."""
+        method, *overrides = label.replace(":", ",").split(",")
+        own = [x for pair in overrides for x in (f"--{pair.split('=')[0].replace('_', '-')}", pair.split("=")[1])]
+        flags = [*self.flags, *own, "--method", method, "--lr", f"{lr:.6g}", "--seed", str(seed), "--save-every", "0"]
+        with tempfile.TemporaryDirectory() as folder:
+            config, _ = parse(self.config, [*flags, "--out", folder])
+            settings = {k: v for k, v in vars(config).items() if k not in NOT_SETTINGS}
+            found = self.store.find(settings)
+            if found is None:
+                command = [sys.executable, "-m", f"experiments.{self.config.name}", *flags, "--out", folder]
+                done = subprocess.run(self._pinned() + command, capture_output=True, text=True)
+                if done.returncode:
+                    raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+                found = summarise(label, settings, Path(folder) / f"{method}.jsonl")
+                self.store.add(found)
+            return final(found)
+
+    def _pinned(self) -> list[str]:
+        """The prefix that keeps a run to the core of its worker: two runs on a core each beat one on two cores."""
+        if not self.pin:
+            return []
+        worker = int(threading.current_thread().name.rsplit("_", 1)[1])
+        cores = sorted(os.sched_getaffinity(0), reverse=True)
+        return ["taskset", "-c", str(cores[worker % len(cores)])]
+
+    def search(self, label: str, seeds: Sequence[int]) -> str:
+        """Tune one method and repeat its best; returns a line about it."""
+        method = label.split(":")[0]
+        lr = self.config.tuned.get(method, METHODS[method].learning_rate)
+        tried = {lr: self.run(label, lr, seeds[0])}
+        while True:
+            best = min(tried, key=lambda x: (tried[x], x))
+            # A diverged best says to go down; else both neighbours are wanted.
+            wanted = [best / 2] if math.isinf(tried[best]) else [best / 2, best * 2]
+            wanted = [float(f"{x:.6g}") for x in wanted]
+            missing = [x for x in wanted if not any(math.isclose(x, y, rel_tol=1e-3) for y in tried)]
+            if not missing:
+                break
+            tried[missing[0]] = self.run(label, missing[0], seeds[0])
+        values = [self.run(label, best, seed) for seed in seeds]
+        grid = ", ".join(f"{x:g}: {tried[x]:.4g}" for x in sorted(tried))
+        return f"{label}: {statistics.mean(values):.4f} at {best:g}, seeds {values} (grid {grid})"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    own, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    parser = argparse.ArgumentParser(prog="python -m experiments.sweep", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("experiment")
+    parser.add_argument("--method", nargs="+", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--pin", action="store_true", help="keep every run to one core")
+    parser.add_argument("--out", type=Path, help="default: results/<experiment>.jsonl")
+    args = parser.parse_args(own)
+    store = Store(args.out or Path("results") / f"{args.experiment}.jsonl")
+    sweep = Sweep(args.experiment, flags, store, args.pin)
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        futures = [pool.submit(sweep.search, label, args.seeds) for label in args.method]
+        with tqdm(total=len(futures), unit="method") as bar:
+            for future in concurrent.futures.as_completed(futures):
+                bar.write(future.result())
+                bar.update()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""What an experiment trains, and on what: everything the trainer needs to know of it."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+Params = Any
+Batch = Any  # a tree of NumPy arrays that share their first axis
+
+
+def _nothing(path: str) -> bool:
+    return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A model, its data and its loss.
+
+    Attributes:
+      data: the name of the data, for the record.
+      model: a linen module.
+      init: dense parameters, random or pretrained, from a key.
+      is_kernel: which parameters, by path and shape, are kept in low rank.
+      loss: `(apply_fn, params, batch) -> (loss, metrics)`, means over the batch; metrics is a dict of scalars.
+      batch: the training batch of a seed and a step, and of nothing else.
+      validation: batches to average loss and metrics over.
+      unit: of the loss.
+      work: what a batch is counted in, and how many of them it holds.
+      is_frozen: which other parameters, by path, keep their first values.
+    """
+
+    data: str
+    model: nn.Module
+    init: Callable[[jax.Array], Params]
+    is_kernel: Callable[[str, tuple[int, ...]], bool]
+    loss: Callable[[Callable[..., Any], Params, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+    batch: Callable[[int, int], Batch]
+    validation: Sequence[Batch]
+    unit: str
+    work: tuple[str, int]
+    is_frozen: Callable[[str], bool] = _nothing
+
+
+class DataError(Exception):
+    """Data are missing or cannot be used; the message is one line that names the path."""

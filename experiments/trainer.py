@@ -1,0 +1,213 @@
+"""The one training loop: every method of a run in turn, with metrics, checkpoints and resume."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.training.train_state import TrainState
+from tqdm import tqdm
+
+from experiments import methods, report
+from experiments.config import Config, ConfigError, Session, parse
+from experiments.metrics import Metrics
+from experiments.task import Batch, DataError, Params, Task
+
+INTERRUPTED = 130  # the exit status of a shell command ended by Ctrl-C
+
+
+# Cached, so that a second session in one process finds its data loaded and its programs compiled.
+@functools.cache
+def load(config: Config) -> Task:
+    return config.task()
+
+
+@functools.cache
+def build(config: Config, name: str) -> tuple[Task, Callable[..., Any], Any]:
+    """The task, the model's apply function for the method's kernels, and the optimizer."""
+    task, method = load(config), methods.METHODS[name]
+    return task, methods.apply(method, task.model), methods.optimizer(method, task, config.settings(name))
+
+
+def create_state(config: Config, name: str) -> TrainState:
+    """The method's own form of the dense weights, from which all methods start, and its optimizer."""
+    task, apply_fn, tx = build(config, name)
+    key, factor_key = jax.random.key(config.seed), jax.random.fold_in(jax.random.key(config.seed), 1)
+    method, dense = methods.METHODS[name], task.init(key)
+    params = methods.factor(method, task, dense, config.rank, config.max_rank, config.adapt, factor_key)
+    # Copies, because a train step donates its state and the task may hold pretrained weights.
+    state = TrainState.create(apply_fn=apply_fn, params=jax.tree.map(jnp.copy, params), tx=tx)
+    return state.replace(step=jnp.zeros((), jnp.int32))  # Flax's Python 0 would compile twice
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def train_step(loss_fn: Callable[..., Any], state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+    def loss(params: Params) -> Any:
+        return loss_fn(state.apply_fn, params, batch)
+
+    (value, _), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    return state.apply_gradients(grads=grads), value
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def eval_step(loss_fn: Callable[..., Any], state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+    loss, values = loss_fn(state.apply_fn, state.params, batch)
+    return {"loss": loss, **values}
+
+
+def evaluate(task: Task, state: TrainState) -> dict[str, float]:
+    """Loss and metrics, averaged over all examples of the validation batches."""
+    sizes = [len(jax.tree.leaves(batch)[0]) for batch in task.validation]
+    values = [jax.device_get(eval_step(task.loss, state, batch)) for batch in task.validation]
+    return {f"validation_{k}": float(np.average([v[k] for v in values], weights=sizes)) for k in values[0]}
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Yields a function that is true once Ctrl-C or SIGTERM came; a second Ctrl-C stops at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(config: Config, session: Session, name: str, interrupted: Callable[[], bool]) -> bool:
+    """Run one method to its end, or to an interruption; returns whether it reached the end."""
+    task, _, _ = build(config, name)
+    state = create_state(config, name)
+    trained = [x for path, x in jax.tree_util.tree_leaves_with_path(state.params) if _is_trained(task, path)]
+    header = {
+        "experiment": config.name,
+        **dataclasses.asdict(config),
+        "method": name,
+        "learning_rate": config.learning_rate(name),
+        "parameters": sum(leaf.size for leaf in trained),
+        "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
+        "data": task.data,
+        "unit": task.unit,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+    }
+
+    folder = (session.out / "checkpoints" / name).absolute()
+    last = min(config.steps, session.stop_at or config.steps)
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=1)) as manager:
+        if manager.latest_step() is not None:
+            state = state.replace(**manager.restore(None, args=ocp.args.StandardRestore(saved(state))))
+        start = int(state.step)
+        metrics = Metrics(session.out / f"{name}.jsonl", header, start)
+        bar = tqdm(
+            desc=f"{name:<18}",
+            total=config.steps,
+            initial=start,
+            unit="step",
+            mininterval=0.1 if sys.stderr.isatty() else 30,
+        )
+        with metrics, bar:
+            if start == 0:
+                metrics.write(step=0, **evaluate(task, state))
+            clock, since = None, start  # no clock before the first step has compiled
+            for step in range(start + 1, last + 1):
+                state, loss = train_step(task.loss, state, task.batch(config.seed, step))
+                bar.update()
+
+                log = step % config.log_every == 0 or step == config.steps
+                if log:
+                    jax.block_until_ready(state)
+                    now = time.perf_counter()
+                    record = {"step": step, "loss": float(loss)}
+                    rank = methods.mean_rank(state.params)
+                    if rank is not None:
+                        record["rank"] = rank
+                    if clock is not None:
+                        seconds = (now - clock) / (step - since)
+                        record["step_ms"] = 1e3 * seconds
+                        record[f"{task.work[0]}_per_s"] = task.work[1] / seconds
+                    metrics.write(**record)
+                    bar.set_postfix_str(progress(record, task.work[0]))
+                    if not np.isfinite(record["loss"]):
+                        return True  # diverged: no checkpoint, and the next method may run
+                check = step % config.eval_every == 0 or step == config.steps
+                if check:
+                    metrics.write(step=step, **evaluate(task, state))
+                leave = step == last or interrupted()
+                save = config.save_every and (leave or step % config.save_every == 0)
+                if save:
+                    manager.save(step, args=ocp.args.StandardSave(saved(state)), force=True)
+                    manager.wait_until_finished()  # the next step donates these buffers
+                if leave:
+                    return step == config.steps
+                if log or check or save or clock is None:
+                    jax.block_until_ready(state)
+                    clock, since = time.perf_counter(), step
+    return start == config.steps
+
+
+def _is_trained(task: Task, path: tuple) -> bool:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return not (task.is_frozen(name) or name.endswith("/base"))
+
+
+def saved(state: TrainState) -> dict[str, Any]:
+    """The part of the state that a checkpoint holds."""
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+
+
+def progress(record: dict[str, Any], work: str) -> str:
+    """The end of the progress bar."""
+    parts = [f"loss {record['loss']:.3f}"]
+    if f"{work}_per_s" in record:
+        parts.append(f"{record[f'{work}_per_s']:,.0f} {work}/s")
+    if "rank" in record:
+        parts.append(f"rank {record['rank']:.1f}")
+    return ", ".join(parts)
+
+
+def run(config: Config, session: Session) -> None:
+    """Train every method in turn, then report."""
+    task = load(config)
+    if session.overwrite:
+        for name in methods.METHODS:
+            shutil.rmtree(session.out / "checkpoints" / name, ignore_errors=True)
+            (session.out / f"{name}.jsonl").unlink(missing_ok=True)
+    session.out.mkdir(parents=True, exist_ok=True)
+    (session.out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    print(task.data)
+    with interruptible() as interrupted:
+        for name in config.methods:
+            if not train(config, session, name, interrupted):
+                resume = f"python -m experiments.{config.name} --resume --out {session.out}"
+                print(f"stopped and saved; to go on: {resume}", file=sys.stderr)
+                sys.exit(INTERRUPTED)
+    report.write(session.out)
+
+
+def main(cls: type[Config], argv: Sequence[str] | None = None) -> None:
+    """The command line of an experiment."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
+    try:
+        run(*parse(cls, argv))
+    except (ConfigError, DataError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; nothing saved since the last checkpoint", file=sys.stderr)
+        sys.exit(INTERRUPTED)
