@@ -88,10 +88,14 @@ def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
       x: array of shape `(..., k, l)`.
 
     Returns:
-      P `(..., k, min(k, l))`, sigma `(..., min(k, l))` descending, Q `(..., l, min(k, l))`.
+      P `(..., k, min(k, l))`, sigma `(..., min(k, l))` descending, Q `(..., l, min(k, l))`. Where a matrix is not
+      finite, sigma is NaN.
     """
+    # LAPACK's bidiagonal iteration need not end on infinities: seen in sbdsqr, a program that hangs.
+    finite = jnp.all(jnp.isfinite(x), axis=(-2, -1))
+    x = jnp.where(finite[..., None, None], x, 0.0)
     p, sigma, qt = _each_matrix(lambda y: tuple(jnp.linalg.svd(y, full_matrices=False)), x)
-    return p, sigma, transpose(qt)
+    return p, jnp.where(finite[..., None], sigma, jnp.nan), transpose(qt)
 
 
 def diagonal(sigma: jax.Array) -> jax.Array:

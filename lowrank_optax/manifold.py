@@ -42,7 +42,7 @@ def gauge(W: LowRank) -> tuple[jax.Array, jax.Array, jax.Array]:
     """
     p, sigma, q = linalg.svd(W.S)
     floor = W.rank * jnp.finfo(sigma.dtype).eps * sigma[..., :1]
-    return p, jnp.where(sigma > floor, sigma, 0.0), q
+    return p, jnp.where(sigma <= floor, 0.0, sigma), q  # NaN stays
 
 
 def singular_values(W: LowRank) -> jax.Array:

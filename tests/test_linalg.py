@@ -200,3 +200,14 @@ def test_diagonal(batch: tuple[int, ...], dtype: Any) -> None:
 
 def test_transpose_swaps_the_matrix_axes_only() -> None:
     assert linalg.transpose(jnp.zeros((5, 2, 3))).shape == (5, 3, 2)
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_svd_of_what_is_not_finite_ends_and_says_so(bad: float) -> None:
+    """LAPACK's iteration is not known to end on infinities: a step with one has hung for minutes."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 6, 6)).astype(np.float32)
+    x[1, 2, 3] = bad
+    p, sigma, q = (np.asarray(y) for y in linalg.svd(jnp.asarray(x)))
+    assert np.all(np.isnan(sigma[1])) and np.all(np.isfinite(sigma[[0, 2]]))
+    np.testing.assert_allclose(p[0] * sigma[0] @ q[0].T, x[0], atol=1e-5)
