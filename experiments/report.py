@@ -1,110 +1,208 @@
-"""The table and the figure of a run, from its JSON lines.
+"""Fill the tables and pictures of RESULTS.md from the runs in `results/`.
 
-python -m experiments.report runs/pretrain
+    python -m experiments report
+
+A block of RESULTS.md says what it shows, and everything up to its end is written anew:
+
+    <!-- runs: pretrain steps=300 labels=full,lora,lowrank_adam show=table,curves -->
+    <!-- end -->
+
+The words after the experiment choose runs by their settings; `labels` (default: all) chooses rows and their order;
+`show` is a list of `table`, `curves` (loss against steps), `ranks` (rank against steps) and `budget` (loss against
+parameters). A method is shown at the step size that was best on the first seed, with all the seeds run there.
 """
 
 import argparse
+import collections
+import dataclasses
+import math
+import re
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import metrics
 from experiments.methods import METHODS
+from experiments.sweep import final, read
 
-COLUMNS = ("method", "parameters", "optimizer state (bytes)", "step (ms)", "validation loss")
+BLOCK = re.compile(r"(<!-- runs: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+# Of the gap between these two, a method with this ending closes so much.
+REFERENCES = {"_muon": ("lora_muon", "full_muon"), "_heavy_ball": None, "": ("lora", "full")}
 
-Run = tuple[dict[str, Any], list[dict[str, Any]]]
-
-
-def load(folder: Path) -> dict[str, Run]:
-    """All runs in `folder`: baselines first, then by name."""
-    runs = {path.stem: metrics.read(path) for path in sorted(folder.glob("*.jsonl"))}
-    return dict(sorted(runs.items(), key=lambda item: _place(item[0])))
+Run = dict[str, Any]
 
 
-def rows(runs: dict[str, Run]) -> list[tuple[str, ...]]:
-    """One row of text a method; an unfinished or diverged run says so beside its loss."""
-    return [(name, *_row(*run)) for name, run in runs.items()]
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A method at its best step size: one run a seed."""
+
+    label: str
+    learning_rate: float
+    tried: int
+    runs: list[Run]
+
+    @property
+    def losses(self) -> list[float]:
+        return [final(run) for run in self.runs]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.losses)
 
 
-def table(runs: dict[str, Run]) -> str:
-    """The rows under their headings, numbers flush right."""
-    unit = next(iter(runs.values()))[0]["unit"]
-    lines = [(*COLUMNS[:-1], f"{COLUMNS[-1]} ({unit})"), *rows(runs)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = []
-    for name, *numbers in lines:
-        cells = [f"{n:>{w}}" for n, w in zip(numbers, widths[1:], strict=True)]
-        text.append("  ".join([f"{name:<{widths[0]}}", *cells]).rstrip())
-    text.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
-    return "\n".join(text)
+def select(runs: list[Run], settings: dict[str, str], labels: list[str] | None) -> list[Row]:
+    """The rows of a block."""
+    groups: dict[str, list[Run]] = collections.defaultdict(list)
+    for run in runs:
+        named = {pair.split("=")[0] for pair in run["label"].split(":")[1:]}
+        if all(str(run["settings"].get(k)) == v or k in named for k, v in settings.items()):
+            groups[run["label"]].append(run)
+    order = labels or sorted(groups, key=lambda x: (list(METHODS).index(x.split(":")[0]), x))
+    missing = [label for label in order if label not in groups]
+    if missing:
+        sys.exit(f"no runs of {', '.join(missing)} with {settings}")
+    return [_best(label, groups[label]) for label in order]
 
 
-def figure(runs: dict[str, Run], path: Path) -> None:
-    """Validation loss against steps, a curve a method."""
+def _best(label: str, runs: list[Run]) -> Row:
+    first = min(run["settings"]["seed"] for run in runs)
+    grid = {run["settings"]["lr"]: final(run) for run in runs if run["settings"]["seed"] == first}
+    lr = min(grid, key=lambda x: (grid[x], x))
+    best = sorted((r for r in runs if r["settings"]["lr"] == lr), key=lambda r: r["settings"]["seed"])
+    return Row(label, lr, len(grid), best)
+
+
+def table(rows: list[Row]) -> str:
+    """A Markdown table of the rows."""
+    extra = [name for name in ("accuracy", "error") if all(name in run for row in rows for run in row.runs)]
+    references = {row.label: row.mean for row in rows}
+    gaps = [_gap(row, references) for row in rows]
+    names = ["method", "parameters", "optimizer state (bytes)", "step size", "tried", "seeds"]
+    names += [f"validation loss ({rows[0].runs[0]['unit']})", *extra]
+    names += ["gap closed"] if any(gap is not None for gap in gaps) else []
+    lines = [names, ["---", *["---:"] * (len(names) - 1)]]
+    for row, gap in zip(rows, gaps, strict=True):
+        run = row.runs[0]
+        cells = [f"`{row.label}`", f"{run['parameters']:,}", f"{run['state_bytes']:,}", f"{row.learning_rate:g}"]
+        cells += [str(row.tried), str(len(row.runs)), _spread(row.losses)]
+        cells += [_spread([run[name] for run in row.runs]) for name in extra]
+        if names[-1] == "gap closed":
+            cells.append("" if gap is None else f"{gap:.0%}")
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    if any(math.isinf(v) for v in values):
+        return "diverged"
+    digits = 4 if min(map(abs, values)) >= 0.01 else 2
+    text = f"{statistics.mean(values):.{digits}{'f' if digits == 4 else 'e'}}"
+    return text + (f" ± {statistics.stdev(values):.1g}" if len(values) > 1 else "")
+
+
+def _gap(row: Row, means: dict[str, float]) -> float | None:
+    """The share of the gap between LoRA's start and the full-rank run with the same optimizer inside."""
+    method = row.label.split(":")[0]
+    pair = next(value for ending, value in REFERENCES.items() if method.endswith(ending))
+    if pair is None or method in pair or not all(name in means for name in pair):
+        return None
+    worst, best = (means[name] for name in pair)
+    return (worst - row.mean) / (worst - best)
+
+
+def curves(axis: Any, rows: list[Row]) -> None:
+    """Validation loss against steps: mean over seeds, and their range."""
+    for i, row in enumerate(rows):
+        steps = [step for step, _ in row.runs[0]["curve"]][1:]
+        series = [[loss for _, loss in run["curve"]][1:] for run in row.runs]
+        whole = [s for s in series if len(s) == len(steps) and None not in s]
+        if not whole:
+            continue
+        low, high = ([f(x) for x in zip(*whole, strict=True)] for f in (min, max))
+        style = "-" if row.label.startswith("lowrank") else "--"
+        middle = [statistics.mean(x) for x in zip(*whole, strict=True)]
+        axis.plot(steps, middle, style, color=f"C{i % 10}", label=f"{row.label} ({len(whole)} seeds)")
+        axis.fill_between(steps, low, high, color=f"C{i % 10}", alpha=0.2, linewidth=0)
+        if max(middle) > 1e3 * min(middle):
+            axis.set_yscale("log")
+    axis.set(xlabel="training steps", ylabel=f"validation loss ({rows[0].runs[0]['unit']})")
+
+
+def ranks(axis: Any, rows: list[Row]) -> None:
+    """Mean rank of the kernels against steps, a line a run."""
+    for i, row in enumerate(rows):
+        for j, run in enumerate(row.runs):
+            if "ranks" in run:
+                label = {"label": row.label} if j == 0 else {}
+                axis.plot(*zip(*run["ranks"], strict=True), color=f"C{i % 10}", **label)
+    axis.set(xlabel="training steps", ylabel="mean rank of the kernels")
+
+
+def budget(axis: Any, rows: list[Row]) -> None:
+    """Validation loss against parameters: a line a method, a point a rank."""
+    lines: dict[str, list[Row]] = collections.defaultdict(list)
+    for row in rows:
+        lines[re.sub(r":rank=\d+", "", row.label)].append(row)
+    for i, (label, points) in enumerate(lines.items()):
+        points.sort(key=lambda row: row.runs[0]["parameters"])
+        x = [row.runs[0]["parameters"] for row in points]
+        error = [statistics.stdev(row.losses) if len(row.losses) > 1 else 0 for row in points]
+        axis.errorbar(x, [row.mean for row in points], error, marker="o", capsize=3, color=f"C{i}", label=label)
+    axis.set(xlabel="trained parameters", ylabel=f"validation loss ({rows[0].runs[0]['unit']})", xscale="log")
+
+
+PICTURES = {"curves": curves, "ranks": ranks, "budget": budget}
+
+
+def draw(kind: str, rows: list[Row], title: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")  # no display is needed to write a file
     import matplotlib.pyplot as plt
 
-    fig, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for i, (name, (_, records)) in enumerate(runs.items()):
-        points = [(r["step"], r["validation_loss"]) for r in records if r.get("validation_loss")]
-        style = "-" if name.startswith("lowrank") else "--"
-        axis.plot(*zip(*points, strict=True), style, color=f"C{i}", marker=".", label=name)
-    settings = next(iter(runs.values()))[0]
-    axis.set(
-        xlabel="training steps",
-        ylabel=f"validation loss ({settings['unit']})",
-        title=f"{settings['experiment']}, rank {settings['rank']}, seed {settings['seed']}",
-    )
-    later = [r["validation_loss"] for _, rs in runs.values() for r in rs if r.get("validation_loss") and r["step"]]
-    if later:  # the untrained model's loss would squeeze all curves into the lowest fifth
-        margin = 0.05 * (max(later) - min(later)) + 1e-3
-        axis.set_ylim(min(later) - margin, max(later) + margin)
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    PICTURES[kind](axis, rows)
+    axis.set_title(title)
     axis.grid(alpha=0.3)
-    axis.legend()
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
 
 
-def write(folder: Path) -> None:
-    """Print the table of the runs in `folder` and write `loss.png` beside them."""
-    runs = load(folder)
-    figure(runs, folder / "loss.png")
-    print(f"\n{table(runs)}\n\ncurves: {folder / 'loss.png'}")
+def block(words: str, folder: Path) -> str:
+    """What belongs into a block of RESULTS.md, and its pictures as files."""
+    experiment, *pairs = words.split()
+    options = dict(pair.split("=", 1) for pair in pairs)
+    labels = options.pop("labels", "")
+    show = options.pop("show", "table").split(",")
+    path = folder / f"{experiment}.jsonl"
+    if not path.exists():
+        sys.exit(f"{path}: no such results")
+    rows = select(read(path), options, labels.split(",") if labels else None)
+    parts = []
+    title = " ".join([experiment, *(f"{k} {v}" for k, v in options.items())])
+    for kind in show:
+        if kind == "table":
+            parts.append(table(rows))
+        elif kind in PICTURES:
+            name = re.sub(r"[^\w.-]+", "-", f"{title} {kind}") + ".png"
+            draw(kind, rows, title, folder / name)
+            parts.append(f"![{title}: {kind}]({folder.name}/{name})")
+        else:
+            sys.exit(f"show={kind}: choose from table, {', '.join(PICTURES)}")
+    return "\n\n".join(parts)
 
 
-def _place(name: str) -> tuple[int, str]:
-    """Methods in the order in which `METHODS` lists them."""
-    return list(METHODS).index(name) if name in METHODS else len(METHODS), name
-
-
-def _row(header: dict[str, Any], records: list[dict[str, Any]]) -> tuple[str, ...]:
-    times = [r["step_ms"] for r in records if "step_ms" in r]
-    losses = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
-    step, loss = losses[-1] if losses else (0, None)
-    shown = "-" if loss is None else f"{loss:.3f}"
-    if records and records[-1].get("loss", 0.0) is None:
-        shown = f"diverged at step {records[-1]['step']}"
-    elif step < header["steps"]:
-        shown += f" at step {step} of {header['steps']}"
-    return (
-        f"{header['parameters']:,}",
-        f"{header['state_bytes']:,}",
-        f"{statistics.median(times):.1f}" if times else "-",
-        shown,
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/pretrain"))
-    folder = parser.parse_args().folder
-    if not any(folder.glob("*.jsonl")):
-        sys.exit(f"{folder}: no *.jsonl metrics there")
-    write(folder)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments report", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--document", type=Path, default=Path("RESULTS.md"))
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    args = parser.parse_args(argv)
+    text = args.document.read_text(encoding="utf-8")
+    filled, count = BLOCK.subn(lambda m: f"{m[1]}\n{block(m[2], args.results)}\n\n{m[3]}", text)
+    args.document.write_text(filled, encoding="utf-8")
+    print(f"{args.document}: {count} blocks written")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Search the step size of every method by the same rule, then repeat the best with more seeds.
 
-    python -m experiments.sweep pretrain --method full lowrank_adam lowrank_adam:momentum=tangent -- --steps 1500
+    python -m experiments sweep pretrain --method full lowrank_adam lowrank_adam:momentum=tangent -- --steps 1500
 
-A method may carry settings of its own after a colon. For each the step size moves by factors of two from the one given
-by the experiment, on the first seed, until the best lies inside the grid; then the other seeds run at the best. What
+A method may carry settings of its own, each after a colon. For each the step size moves by factors of two from the one
+the experiment gives, on the first seed, until the best lies inside the grid; then the other seeds run at the best. What
 follows `--` goes to every run. Each finished run adds one line to `results/<experiment>.jsonl`, and a run that is
 there already is not repeated: start the same command again after an interruption.
 """
@@ -93,13 +93,13 @@ def _round(value: float | None) -> float | None:
 class Sweep:
     """Runs of one experiment, each in a process of its own."""
 
-    def __init__(self, experiment: str, flags: list[str], store: Store, pin: bool) -> None:
+    def __init__(self, experiment: str, flags: list[str], store: Store, pin: bool, fixed: bool) -> None:
         self.config = importlib.import_module(f"experiments.{experiment}").CONFIG
-        self.flags, self.store, self.pin = flags, store, pin
+        self.flags, self.store, self.pin, self.fixed = flags, store, pin, fixed
 
     def run(self, label: str, lr: float, seed: int) -> float:
         """The final validation loss of one run, from the store if it is there."""
-        method, *overrides = label.replace(":", ",").split(",")
+        method, *overrides = label.split(":")
         own = [x for pair in overrides for x in (f"--{pair.split('=')[0].replace('_', '-')}", pair.split("=")[1])]
         flags = [*self.flags, *own, "--method", method, "--lr", f"{lr:.6g}", "--seed", str(seed), "--save-every", "0"]
         with tempfile.TemporaryDirectory() as folder:
@@ -126,14 +126,17 @@ class Sweep:
     def search(self, label: str, seeds: Sequence[int]) -> str:
         """Tune one method and repeat its best; returns a line about it."""
         method = label.split(":")[0]
-        lr = self.config.tuned.get(method, METHODS[method].learning_rate)
+        own = dict(pair.split("=") for pair in label.split(":")[1:])
+        lr = float(own.get("lr", self.config.tuned.get(method, METHODS[method].learning_rate)))
         tried = {lr: self.run(label, lr, seeds[0])}
         while True:
             best = min(tried, key=lambda x: (tried[x], x))
             # A diverged best says to go down; else both neighbours are wanted.
             wanted = [best / 2] if math.isinf(tried[best]) else [best / 2, best * 2]
             wanted = [float(f"{x:.6g}") for x in wanted]
-            missing = [x for x in wanted if not any(math.isclose(x, y, rel_tol=1e-3) for y in tried)]
+            missing = (
+                [] if self.fixed else [x for x in wanted if not any(math.isclose(x, y, rel_tol=1e-3) for y in tried)]
+            )
             if not missing:
                 break
             tried[missing[0]] = self.run(label, missing[0], seeds[0])
@@ -145,16 +148,17 @@ class Sweep:
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     own, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    parser = argparse.ArgumentParser(prog="python -m experiments.sweep", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m experiments sweep", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("experiment")
     parser.add_argument("--method", nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--pin", action="store_true", help="keep every run to one core")
+    parser.add_argument("--fixed", action="store_true", help="take the first step size and do not search")
     parser.add_argument("--out", type=Path, help="default: results/<experiment>.jsonl")
     args = parser.parse_args(own)
     store = Store(args.out or Path("results") / f"{args.experiment}.jsonl")
-    sweep = Sweep(args.experiment, flags, store, args.pin)
+    sweep = Sweep(args.experiment, flags, store, args.pin, args.fixed)
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         futures = [pool.submit(sweep.search, label, args.seeds) for label in args.method]
         with tqdm(total=len(futures), unit="method") as bar:

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 from tqdm import tqdm
 
-from experiments import methods, report
+from experiments import methods, table
 from experiments.config import Config, ConfigError, Session, parse
 from experiments.metrics import Metrics
 from experiments.task import Batch, DataError, Params, Task
@@ -198,7 +198,7 @@ def run(config: Config, session: Session) -> None:
                 resume = f"python -m experiments.{config.name} --resume --out {session.out}"
                 print(f"stopped and saved; to go on: {resume}", file=sys.stderr)
                 sys.exit(INTERRUPTED)
-    report.write(session.out)
+    table.write(session.out)
 
 
 def main(cls: type[Config], argv: Sequence[str] | None = None) -> None:

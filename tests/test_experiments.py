@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments import metrics, pretrain, report, text
+from experiments import metrics, pretrain, table, text
 from experiments.methods import METHODS
 
 DENSE = [name for name, method in METHODS.items() if method.form == "dense"]
@@ -213,7 +213,7 @@ def test_the_table_tells_finished_from_unfinished_and_diverged(tmp_path: Path) -
     for name, rows in runs.items():
         lines = [json.dumps(line) for line in (header, *rows)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    assert report.rows(report.load(tmp_path)) == [
+    assert table.rows(table.load(tmp_path)) == [
         ("full", "1,234,567", "890", "2.0", "1.750"),
         ("lora", "1,234,567", "890", "4.0", "2.500 at step 10 of 20"),
         ("lowrank_adam", "1,234,567", "890", "-", "diverged at step 10"),
