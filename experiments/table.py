@@ -80,7 +80,7 @@ def _row(header: dict[str, Any], records: list[dict[str, Any]]) -> tuple[str, ..
     times = [r["step_ms"] for r in records if "step_ms" in r]
     losses = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
     step, loss = losses[-1] if losses else (0, None)
-    shown = "-" if loss is None else f"{loss:.3f}"
+    shown = "-" if loss is None else f"{loss:.3f}" if loss > 0.01 else f"{loss:.1e}"
     if records and records[-1].get("loss", 0.0) is None:
         shown = f"diverged at step {records[-1]['step']}"
     elif step < header["steps"]:

@@ -143,7 +143,7 @@ def train(config: Config, session: Session, name: str, interrupted: Callable[[],
                         record["step_ms"] = 1e3 * seconds
                         record[f"{task.work[0]}_per_s"] = task.work[1] / seconds
                     metrics.write(**record)
-                    bar.set_postfix_str(progress(record, task.work[0]))
+                    bar.set_postfix_str(progress(record, task.work[0]), refresh=False)
                     if not np.isfinite(record["loss"]):
                         return True  # diverged: no checkpoint, and the next method may run
                 check = step % config.eval_every == 0 or step == config.steps
