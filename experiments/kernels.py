@@ -64,9 +64,9 @@ def apply(model: nn.Module) -> Callable[..., Any]:
         if isinstance(module, nn.Dense) and context.method_name == "__call__":
             kernel = module.get_variable("params", "kernel")
             if isinstance(kernel, Adapter):
-                base = jax.lax.stop_gradient(kernel.base)
-                x, base, delta = nn.dtypes.promote_dtype(*args, base, kernel.delta, dtype=module.dtype)
-                y = x @ base + x @ delta
+                dtype = nn.dtypes.canonicalize_dtype(*args, *jax.tree.leaves(kernel), dtype=module.dtype)
+                x, base, delta = jax.tree.map(lambda a: jnp.asarray(a, dtype), (*args, kernel.base, kernel.delta))
+                y = x @ jax.lax.stop_gradient(base) + x @ delta
                 return y + module.get_variable("params", "bias").astype(y.dtype) if module.use_bias else y
         return run(*args, **kwargs)
 
