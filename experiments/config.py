@@ -91,6 +91,11 @@ class Config:
         raise NotImplementedError
 
 
+def shared(name: str, default: Any) -> Any:
+    """A setting of `Config` with another default."""
+    return dataclasses.field(default=default, metadata=Config.__dataclass_fields__[name].metadata)
+
+
 @dataclasses.dataclass(frozen=True)
 class Session:
     """What concerns this process only."""

@@ -28,7 +28,7 @@ import optax
 from flax import linen as nn
 
 from experiments import bert, labelled, trainer
-from experiments.config import Config, ConfigError, option
+from experiments.config import Config, ConfigError, option, shared
 from experiments.methods import METHODS
 from experiments.task import Batch, Params, Task
 
@@ -52,9 +52,7 @@ class Finetune(Config):
         "save_every": 3,
     }
 
-    method: str = dataclasses.field(
-        default="full,lora,lowrank_adam", metadata=Config.__dataclass_fields__["method"].metadata
-    )
+    method: str = shared("method", "full,lora,lowrank_adam")
     batch: int = option(32, "examples a step")
     rank: int = option(8, "rank of every factored kernel or of its change, at most")
     eval_every: int = option(100, "steps between validations")

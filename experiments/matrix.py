@@ -24,13 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import trainer
-from experiments.config import Config, ConfigError, option
+from experiments.config import Config, ConfigError, option, shared
 from experiments.task import Batch, Params, Task
-
-
-def _default(name: str, value: Any) -> Any:
-    """A setting of all experiments with a default of this one."""
-    return dataclasses.field(default=value, metadata=Config.__dataclass_fields__[name].metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +45,11 @@ class Matrix(Config):
         "save_every": 3,
     }
 
-    method: str = _default("method", "full_heavy_ball,naive_heavy_ball,factors_heavy_ball,lowrank_heavy_ball")
-    steps: int = _default("steps", 800)
+    method: str = shared("method", "full_heavy_ball,naive_heavy_ball,factors_heavy_ball,lowrank_heavy_ball")
+    steps: int = shared("steps", 800)
     batch: int = option(40, "rows of the matrix; every step sees all of them")
-    rank: int = _default("rank", 5)
-    weight_decay: float = _default("weight_decay", 0.0)
+    rank: int = shared("rank", 5)
+    weight_decay: float = shared("weight_decay", 0.0)
     columns: int = option(30, "columns of the matrix")
     target_rank: int = option(5, "rank of the target")
     condition: float = option(1e4, "largest singular value of the target over its smallest")

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments import gpt, text, trainer
-from experiments.config import Config, ConfigError, option
+from experiments.config import Config, ConfigError, option, shared
 from experiments.task import Batch, Params, Task
 
 
@@ -60,9 +60,7 @@ class Pretrain(Config):
         "save_every": 3,
     }
 
-    method: str = dataclasses.field(
-        default="full,lora,naive,lowrank_adam,lowrank_muon", metadata=Config.__dataclass_fields__["method"].metadata
-    )
+    method: str = shared("method", "full,lora,naive,lowrank_adam,lowrank_muon")
     context: int = option(64, "bytes a window")
     data: str = option("", "text file or folder; empty is the standard library's *.py files")
     d: int = option(128, "width of the model")

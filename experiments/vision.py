@@ -25,15 +25,10 @@ import jax.numpy as jnp
 import optax
 
 from experiments import images, trainer, vgg, vit
-from experiments.config import Config, ConfigError, option
+from experiments.config import Config, ConfigError, option, shared
 from experiments.task import Batch, DataError, Params, Task
 
 EVALUATED = 500  # validation images at a time
-
-
-def _default(name: str, value: Any) -> Any:
-    """A shared setting with another default."""
-    return dataclasses.field(default=value, metadata=Config.__dataclass_fields__[name].metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +50,10 @@ class Vision(Config):
         "save_every": 3,
     }
 
-    steps: int = _default("steps", 600)
-    batch: int = _default("batch", 64)
-    rank: int = _default("rank", 10)  # about a quarter of the parameters of the factored kernels, in both models
-    eval_every: int = _default("eval_every", 100)
+    steps: int = shared("steps", 600)
+    batch: int = shared("batch", 64)
+    rank: int = shared("rank", 10)  # about a quarter of the parameters of the factored kernels, in both models
+    eval_every: int = shared("eval_every", 100)
     model: str = option("vit", "vision transformer or convolutions", "vit", "vgg")
     data: str = option("", "empty for 5,000 digits, 'fashion', or a folder of IDX files or of CIFAR-10")
     d: int = option(64, "width of the vit")
