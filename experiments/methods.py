@@ -21,7 +21,7 @@ at first. Every method trains all other parameters by the same AdamW.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -31,6 +31,9 @@ import optax
 import lowrank_optax as lro
 from experiments import kernels
 from experiments.task import Params, Task
+
+if TYPE_CHECKING:
+    from experiments.config import Config
 
 B2 = 0.99
 BETA = 0.9  # of heavy ball
@@ -135,26 +138,26 @@ METHODS: dict[str, Method] = {
 }
 
 
-def factor(method: Method, task: Task, params: Params, rank: int, max_rank: int, adapt: bool, key: jax.Array) -> Params:
+def factor(method: Method, task: Task, params: Params, config: "Config", key: jax.Array) -> Params:
     """The dense parameters with every kernel in the form of the method."""
     if method.form == "dense":
         return params
     ordinary = method.optimizer in (_lowrank_adam, _lowrank_heavy_ball, _lowrank_muon)
-    width = max_rank if ordinary and max_rank else None
-    lowrank = lro.factorize(params, rank, max_rank=width, where=task.is_kernel)
+    width = config.max_rank if ordinary and config.max_rank else None
+    lowrank = lro.factorize(params, config.rank, max_rank=width, where=task.is_kernel, scale=config.init_scale)
     leaves = len(jax.tree.leaves(params))
     keys = iter(jax.random.split(key, leaves))
 
     def change(W: lro.LowRank) -> Any:
         if method.form == "low rank":
-            return kernels.zero_lowrank(next(keys), W) if adapt else W
-        zero = adapt or method.form == "zero pair"
+            return kernels.zero_lowrank(next(keys), W) if config.adapt else W
+        zero = config.adapt or method.form == "zero pair"
         return kernels.zero_pair(next(keys), W) if zero else kernels.balanced(W)
 
     def one(W: Any, dense: Any) -> Any:
         if not lro.is_lowrank(W):
             return W
-        return kernels.Adapter(dense, change(W)) if adapt else change(W)
+        return kernels.Adapter(dense, change(W)) if config.adapt else change(W)
 
     return jax.tree.map(one, lowrank, params, is_leaf=lro.is_lowrank)
 

@@ -45,7 +45,7 @@ def create_state(config: Config, name: str) -> TrainState:
     task, apply_fn, tx = build(config, name)
     key, factor_key = jax.random.key(config.seed), jax.random.fold_in(jax.random.key(config.seed), 1)
     method, dense = methods.METHODS[name], task.init(key)
-    params = methods.factor(method, task, dense, config.rank, config.max_rank, config.adapt, factor_key)
+    params = methods.factor(method, task, dense, config, factor_key)
     # Copies, because a train step donates its state and the task may hold pretrained weights.
     state = TrainState.create(apply_fn=apply_fn, params=jax.tree.map(jnp.copy, params), tx=tx)
     return state.replace(step=jnp.zeros((), jnp.int32))  # Flax's Python 0 would compile twice

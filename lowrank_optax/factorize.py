@@ -122,7 +122,9 @@ def _factorize_kernel(W: jax.Array, axes: Axes, rank: int, width: int) -> LowRan
     ).astype(dtype)
 
 
-def factorize(params: Any, rank: Rank, *, max_rank: Rank | None = None, where: Where | None = None) -> Any:
+def factorize(
+    params: Any, rank: Rank, *, max_rank: Rank | None = None, where: Where | None = None, scale: float = 1.0
+) -> Any:
     r"""Replaces the chosen kernels of a parameter tree by their truncated SVD.
 
     .. math:: W \approx U S V^\top, \quad S = \mathrm{diag}(\sigma_1, \dots, \sigma_r)
@@ -140,6 +142,9 @@ def factorize(params: Any, rank: Rank, *, max_rank: Rank | None = None, where: W
       where: callable of the path (`"block/dense/kernel"`) and the dense shape that returns False to leave a
         leaf dense, True to factor it, or `Axes` to factor it with a given split of its axes. The default
         takes every leaf named `kernel` with at least two axes and `min(m, n) >= rank`.
+      scale: factor on the singular values. 1 keeps the function of a trained model. Training from scratch goes
+        better from about 0.2: a step h turns a pair of singular vectors by about h / sigma, so small singular
+        values leave random initial directions sooner (RESULTS.md, pre-training).
 
     Returns:
       The tree with `LowRank` nodes, in the dtype of the parameters.
@@ -182,7 +187,8 @@ def factorize(params: Any, rank: Rank, *, max_rank: Rank | None = None, where: W
         width = r if max_rank is None else rank_number(max_rank, name, shape, limit)
         if width < r:
             raise ValueError(f"max_rank {width} is below rank {r} for the kernel {name!r}")
-        return _factorize_kernel(jnp.asarray(leaf), axes, r, min(width, limit))
+        W = _factorize_kernel(jnp.asarray(leaf), axes, r, min(width, limit))
+        return LowRank(W.U, (scale * W.S).astype(W.S.dtype), W.V)
 
     out = jax.tree_util.tree_map_with_path(one, params, is_leaf=is_lowrank)
     if seen and not chosen and where is None:
