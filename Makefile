@@ -52,7 +52,7 @@ format: $(STAMP) ## rewrite the files in the project's format
 	$(BIN)/ruff check --fix .
 
 demo: $(STAMP) ## pre-train a small model on this machine (options in ARGS)
-	$(BIN)/python -m experiments.pretrain $(ARGS)
+	$(BIN)/python -m experiments pretrain $(ARGS)
 
 clean: ## remove environments, caches and builds
 	rm -rf .venv .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -33,12 +33,12 @@ class Pretrain(Config):
         "full": 3e-3,
         "full_muon": 2e-2,
         "lora": 3e-3,
-        "factors": 1.5e-3,
+        "factors": 3e-3,
         "factors_muon": 1e-2,
         "naive": 3e-3,
-        "lowrank_adam": 2.4e-2,
+        "lowrank_adam": 1.2e-2,
         "lowrank_heavy_ball": 0.3,
-        "lowrank_muon": 2e-2,
+        "lowrank_muon": 4e-2,
     }
     smoke: ClassVar[Mapping[str, Any]] = {
         "steps": 6,

@@ -130,7 +130,8 @@ class Sweep:
         lr = float(own.get("lr", self.config.tuned.get(method, METHODS[method].learning_rate)))
         tried = {lr: self.run(label, lr, seeds[0])}
         while True:
-            best = min(tried, key=lambda x: (tried[x], x))
+            # The first of equals, so that a flat search ends; of those that diverged the smallest, to go down from.
+            best = min(tried, key=lambda x: (tried[x], x if math.isinf(tried[x]) else 0))
             # A diverged best says to go down; else both neighbours are wanted.
             wanted = [best / 2] if math.isinf(tried[best]) else [best / 2, best * 2]
             wanted = [float(f"{x:.6g}") for x in wanted]

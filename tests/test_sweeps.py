@@ -41,6 +41,11 @@ def test_search_ends_inside_the_grid(best: float) -> None:
     assert {seed for lr, seed in sweep.calls if lr == best} == {0, 1, 2}
 
 
+def test_search_ends_where_all_step_sizes_are_equal() -> None:
+    sweep = Fake(lambda lr: 2.5)
+    assert "at 0.003" in sweep.search("full", [0]) and len(sweep.calls) == 4  # three, and the best again
+
+
 def test_search_goes_down_from_divergence_and_may_be_left_out() -> None:
     sweep = Fake(lambda lr: math.inf if lr > 1e-3 else lr)
     assert "at 0.00075" in Fake(lambda lr: math.inf if lr > 1e-3 else -lr).search("full", [0])

@@ -553,6 +553,10 @@ def test_factorize_is_the_best_approximation_and_densify_its_inverse():
         assert got.rank == min(width, 5) and int(lro.ranks(got)[""]) == rank
         np.testing.assert_allclose(got.to_dense(), (P[:, :rank] * sigma[:rank]) @ Qt[:rank], **EXACT)
         orthonormal(got)
+    small = lro.factorize(W.astype(jnp.bfloat16), 2, scale=0.25, where=lambda path, shape: True)
+    whole = lro.factorize(W.astype(jnp.bfloat16), 2, where=lambda path, shape: True)
+    assert small.S.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(small.S, whole.S / 4)  # a power of two is exact
     full = {"a": {"kernel": W, "bias": jnp.ones(5)}, "b": [W]}
     np.testing.assert_allclose(lro.densify(lro.factorize(full, 5))["a"]["kernel"], W, **EXACT)
     again = lro.factorize(lro.factorize(full, 2), 4)
