@@ -123,7 +123,9 @@ def curves(axis: Any, rows: list[Row]) -> None:
         low, high = ([f(x) for x in zip(*whole, strict=True)] for f in (min, max))
         style = "-" if row.label.startswith("lowrank") else "--"
         middle = [statistics.mean(x) for x in zip(*whole, strict=True)]
-        axis.plot(steps, middle, style, color=f"C{i % 10}", label=f"{row.label} ({len(whole)} seeds)")
+        axis.plot(
+            steps, middle, style, color=f"C{i % 10}", label=f"{row.label} ({len(whole)} seed{'s' * (len(whole) > 1)})"
+        )
         axis.fill_between(steps, low, high, color=f"C{i % 10}", alpha=0.2, linewidth=0)
         if max(middle) > 1e3 * min(middle):
             axis.set_yscale("log")
@@ -162,12 +164,12 @@ def draw(kind: str, rows: list[Row], title: str, path: Path) -> None:
     matplotlib.use("Agg")  # no display is needed to write a file
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
     PICTURES[kind](axis, rows)
     axis.set_title(title)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.legend(loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=90, metadata={"Software": None})
     plt.close(figure)
 
 

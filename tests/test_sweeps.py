@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 
 from experiments import report
 from experiments.sweep import Store, Sweep, final, read
+
+ROOT = Path(__file__).parents[1]
 
 
 def run(label: str, lr: float, seed: int, loss: float | None, steps: int = 10) -> dict[str, Any]:
@@ -99,6 +102,13 @@ def test_report_fills_its_blocks(tmp_path: Path) -> None:
     assert second.index("`lora`") < second.index("`full`") and "tangent" not in second
     report.main(arguments)
     assert document.read_text() == text
+
+
+def test_results_are_what_the_committed_runs_say(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    document = shutil.copy(ROOT / "RESULTS.md", tmp_path)
+    report.main(["--document", str(document), "--results", str(tmp_path / "results")])
+    assert Path(document).read_text() == (ROOT / "RESULTS.md").read_text()
 
 
 @pytest.mark.parametrize(
