@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from experiments.methods import METHODS, Settings
+from experiments.methods import METHODS
 from experiments.task import Task
 
 
@@ -30,7 +30,7 @@ class Config:
     """
 
     name: ClassVar[str]
-    smoke: ClassVar[Mapping[str, Any]]
+    smoke: ClassVar[Mapping[str, Any]] = {"steps": 6, "eval_every": 3, "log_every": 1, "save_every": 3}
     tuned: ClassVar[Mapping[str, float]] = {}  # the step size of each method, where it was searched for
 
     method: str = option("full,lowrank_adam", f"one or several, separated by commas, of: {', '.join(METHODS)}")
@@ -81,12 +81,6 @@ class Config:
 
     def learning_rate(self, method: str) -> float:
         return self.lr or self.tuned.get(method, METHODS[method].learning_rate)
-
-    def settings(self, method: str) -> Settings:
-        """What the optimizer of a method needs to know."""
-        names = [field.name for field in dataclasses.fields(Settings)]
-        values = {name: getattr(self, name) for name in names if name != "learning_rate"}
-        return Settings(learning_rate=self.learning_rate(method), **values)
 
     def task(self) -> Task:
         raise NotImplementedError

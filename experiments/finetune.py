@@ -18,19 +18,17 @@ command wants a quarter of an hour on two free cores, reviews twice that.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 
 from experiments import bert, labelled, trainer
 from experiments.config import Config, ConfigError, option, shared
 from experiments.methods import METHODS
-from experiments.task import Batch, Params, Task
+from experiments.task import Batch, Params, Task, random_params
 
 MODELS = {"minilm": bert.BERTConfig(), "tiny": bert.BERTConfig(d=32, layers=1, heads=2, hidden=64)}
 VALIDATION_BATCH = 100  # divides the 2,000 texts held out, so that one program evaluates them all
@@ -42,20 +40,17 @@ class Finetune(Config):
 
     name: ClassVar[str] = "finetune"
     smoke: ClassVar[Mapping[str, Any]] = {
-        "steps": 6,
+        **Config.smoke,
         "batch": 16,
         "rank": 4,
         "model": "tiny",
         "data": "synthetic",
-        "eval_every": 3,
-        "log_every": 1,
-        "save_every": 3,
     }
 
     method: str = shared("method", "full,lora,lowrank_adam")
-    batch: int = option(32, "examples a step")
+    batch: int = shared("batch", 32)
     rank: int = option(8, "rank of every factored kernel or of its change, at most")
-    eval_every: int = option(100, "steps between validations")
+    eval_every: int = shared("eval_every", 100)
     mode: str = option("adapter", "what is of low rank: the change of a kernel, or the kernel", "adapter", "compress")
     model: str = option("minilm", "pretrained MiniLM, or a tiny random one", *MODELS)
     data: str = option("glosses", "the texts", *labelled.LENGTHS)
@@ -80,12 +75,13 @@ class Finetune(Config):
     def task(self) -> Task:
         examples = labelled.load(self.data, self.length or labelled.LENGTHS[self.data])
         model = bert.Classifier(MODELS[self.model], examples.classes)
+        example = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         pretrained = {"encoder": minilm()} if self.model == "minilm" else {}
         train, held = (f"{len(part['label']):,}" for part in (examples.train, examples.validation))
         return Task(
             data=f"{examples.name}: {train} texts to train, {held} held out, {examples.classes} classes",
             model=model,
-            init=lambda key: {**random_params(model, key), **pretrained},
+            init=lambda key: {**random_params(model, example, key), **pretrained},
             is_kernel=bert.is_layer_kernel,
             loss=loss_fn,
             batch=lambda seed, step: labelled.batch(examples.train, seed, step, self.batch),
@@ -101,12 +97,6 @@ def minilm() -> Params:
     labelled.installed("safetensors")
     path = labelled.installed(labelled.MINILM) / "model" / "model.safetensors"
     return jax.tree.map(jnp.asarray, bert.load(path, MODELS["minilm"]))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def random_params(model: nn.Module, key: jax.Array) -> Params:
-    """Random weights; those of the head are where all methods start."""
-    return model.init(key, jnp.ones((1, 1), jnp.int32))["params"]
 
 
 def is_ordinary_encoder_leaf(path: str) -> bool:

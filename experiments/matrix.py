@@ -33,16 +33,12 @@ class Matrix(Config):
     """Complete an ill-conditioned matrix of low rank by heavy ball on W, on its factors and on the manifold."""
 
     name: ClassVar[str] = "matrix"
-    tuned: ClassVar[Mapping[str, float]] = {}
     smoke: ClassVar[Mapping[str, Any]] = {
-        "steps": 6,
+        **Config.smoke,
         "batch": 12,
         "columns": 8,
         "target_rank": 3,
         "rank": 3,
-        "eval_every": 3,
-        "log_every": 1,
-        "save_every": 3,
     }
 
     method: str = shared("method", "full_heavy_ball,naive_heavy_ball,factors_heavy_ball,lowrank_heavy_ball")

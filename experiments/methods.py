@@ -20,6 +20,7 @@ at first. Every method trains all other parameters by the same AdamW.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -44,80 +45,63 @@ Schedule = Callable[[Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What the optimizer of a method needs to know; the fields are those of `config.Config`."""
-
-    learning_rate: float
-    lr_others: float
-    steps: int
-    rank: int
-    weight_decay: float
-    tolerance: float
-    budget: int
-    momentum: str
-    gradient: str
-    local_steps: int
-    retraction: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Method:
     """How kernels are kept, how they are stepped, and a step size to begin a search with."""
 
     form: str
-    optimizer: Callable[[Schedule, Settings], optax.GradientTransformation]
+    optimizer: Callable[[Schedule, "Config"], optax.GradientTransformation]
     learning_rate: float
 
 
-def _adamw(schedule: Schedule, settings: Settings) -> optax.GradientTransformation:
+def _adamw(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(CLIP)
-    return optax.chain(clip, optax.adamw(schedule, b2=B2, weight_decay=settings.weight_decay))
+    return optax.chain(clip, optax.adamw(schedule, b2=B2, weight_decay=config.weight_decay))
 
 
-def _heavy_ball(schedule: Schedule, settings: Settings) -> optax.GradientTransformation:
+def _heavy_ball(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(CLIP)
-    decay = optax.add_decayed_weights(settings.weight_decay)
+    decay = optax.add_decayed_weights(config.weight_decay)
     return optax.chain(clip, optax.trace(BETA), decay, optax.scale_by_learning_rate(schedule))
 
 
-def _muon(schedule: Schedule, settings: Settings) -> optax.GradientTransformation:
+def _muon(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
     def matrix(x: jax.Array) -> Any:
         return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1)
 
     def axes(params: Params) -> Any:
         return jax.tree.map(matrix, params)
 
-    return optax.contrib.muon(schedule, weight_decay=settings.weight_decay, muon_weight_dimension_numbers=axes)
+    return optax.contrib.muon(schedule, weight_decay=config.weight_decay, muon_weight_dimension_numbers=axes)
 
 
-def _galore(schedule: Schedule, settings: Settings) -> optax.GradientTransformation:
-    gap = max(1, settings.steps // 30)  # the default, 200, would leave short runs with one or two bases
+def _galore(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
+    gap = max(1, config.steps // 30)  # the default, 200, would leave short runs with one or two bases
     inner = optax.scale_by_adam(b2=B2)
-    return optax.contrib.galore(schedule, settings.rank, gap, base_optimizer=inner, weight_decay=settings.weight_decay)
+    return optax.contrib.galore(schedule, config.rank, gap, base_optimizer=inner, weight_decay=config.weight_decay)
 
 
-def _geometry(settings: Settings) -> dict[str, Any]:
-    """The options of `lro.fixed_rank` that the settings name."""
+def _geometry(config: "Config") -> dict[str, Any]:
+    """The options of `lro.fixed_rank` that the config names."""
     policy = None
-    if settings.budget:
-        policy = lro.budget(settings.budget)
-    elif settings.tolerance:
-        policy = lro.tolerance(settings.tolerance)
-    options = {"gradient": settings.gradient, "local_steps": settings.local_steps, "retraction": settings.retraction}
-    return {**options, "rank": policy, **({"momentum": settings.momentum} if settings.momentum else {})}
+    if config.budget:
+        policy = lro.budget(config.budget)
+    elif config.tolerance:
+        policy = lro.tolerance(config.tolerance)
+    options = {"gradient": config.gradient, "local_steps": config.local_steps, "retraction": config.retraction}
+    return {**options, "rank": policy, **({"momentum": config.momentum} if config.momentum else {})}
 
 
-def _lowrank_adam(schedule: Schedule, settings: Settings) -> optax.GradientTransformation:
+def _lowrank_adam(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
     # lro.lowrank_adam with clipping, which must be inside to act on the Riemannian norm.
-    return lro.fixed_rank(_adamw(schedule, settings), **_geometry(settings))
+    return lro.fixed_rank(_adamw(schedule, config), **_geometry(config))
 
 
-def _lowrank_heavy_ball(schedule: Schedule, settings: Settings) -> optax.GradientTransformation:
-    return lro.fixed_rank(_heavy_ball(schedule, settings), **_geometry(settings))
+def _lowrank_heavy_ball(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
+    return lro.fixed_rank(_heavy_ball(schedule, config), **_geometry(config))
 
 
-def _lowrank_muon(schedule: Schedule, settings: Settings) -> optax.GradientTransformation:
-    return lro.lowrank_muon(schedule, weight_decay=settings.weight_decay, **_geometry(settings))
+def _lowrank_muon(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
+    return lro.lowrank_muon(schedule, weight_decay=config.weight_decay, **_geometry(config))
 
 
 METHODS: dict[str, Method] = {
@@ -142,8 +126,8 @@ def factor(method: Method, task: Task, params: Params, config: "Config", key: ja
     """The dense parameters with every kernel in the form of the method."""
     if method.form == "dense":
         return params
-    ordinary = method.optimizer in (_lowrank_adam, _lowrank_heavy_ball, _lowrank_muon)
-    width = config.max_rank if ordinary and config.max_rank else None
+    on_manifold = method.optimizer in (_lowrank_adam, _lowrank_heavy_ball, _lowrank_muon)
+    width = config.max_rank if on_manifold and config.max_rank else None
     lowrank = lro.factorize(params, config.rank, max_rank=width, where=task.is_kernel, scale=config.init_scale)
     leaves = len(jax.tree.leaves(params))
     keys = iter(jax.random.split(key, leaves))
@@ -167,31 +151,44 @@ def apply(method: Method, model: nn.Module) -> Callable[..., Any]:
     return model.apply if method.form == "dense" else kernels.apply(model)
 
 
-def optimizer(method: Method, task: Task, settings: Settings) -> optax.GradientTransformation:
+def labels(task: Task, params: Params) -> Any:
+    """The tree, ending at kernels, of what steps a leaf: "kernels", "others", or nothing for "frozen"."""
+
+    def label(path: tuple, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if isinstance(leaf, kernels.Adapter):
+            return kernels.Adapter("frozen", "kernels")
+        if kernels.is_factored(leaf) or task.is_kernel(name, leaf.shape):
+            return "kernels"
+        return "frozen" if task.is_frozen(name) else "others"
+
+    return jax.tree_util.tree_map_with_path(label, params, is_leaf=kernels.is_factored)
+
+
+def trained_parameters(task: Task, params: Params) -> int:
+    """The number of values that a method may change."""
+
+    def count(label: str, node: Any) -> int:
+        return 0 if label == "frozen" else sum(leaf.size for leaf in jax.tree.leaves(node))
+
+    return sum(jax.tree.leaves(jax.tree.map(count, labels(task, params), params)))
+
+
+def optimizer(name: str, task: Task, config: "Config") -> optax.GradientTransformation:
     """The method for the kernels and AdamW for all other leaves, each clipped by itself."""
 
     def schedule(peak: float) -> Schedule:
-        steps = max(2, settings.steps)
+        steps = max(2, config.steps)
         warm_up = max(1, round(WARM_UP * steps))
         return optax.warmup_cosine_decay_schedule(0.0, peak, warm_up, steps, 0.1 * peak)
 
-    def label(path: tuple, leaf: Any) -> Any:
-        if isinstance(leaf, kernels.Adapter):
-            return kernels.Adapter("frozen", "kernels")
-        if kernels.is_factored(leaf) or task.is_kernel(_name(path), leaf.shape):
-            return "kernels"
-        return "frozen" if task.is_frozen(_name(path)) else "others"
-
-    def labels(params: Params) -> Any:
-        return jax.tree_util.tree_map_with_path(label, params, is_leaf=kernels.is_factored)
-
     return optax.partition(
         {
-            "kernels": method.optimizer(schedule(settings.learning_rate), settings),
-            "others": _adamw(schedule(settings.lr_others), settings),
+            "kernels": METHODS[name].optimizer(schedule(config.learning_rate(name)), config),
+            "others": _adamw(schedule(config.lr_others), config),
             "frozen": optax.set_to_zero(),
         },
-        labels,
+        functools.partial(labels, task),
     )
 
 
@@ -206,7 +203,3 @@ def mean_rank(params: Params) -> float | None:
 
 
 _ranks = jax.jit(lro.ranks)  # its small operations take seconds to compile one by one
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

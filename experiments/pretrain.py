@@ -20,7 +20,7 @@ import optax
 
 from experiments import gpt, text, trainer
 from experiments.config import Config, ConfigError, option, shared
-from experiments.task import Batch, Params, Task
+from experiments.task import Batch, Params, Task, random_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Pretrain(Config):
         "lowrank_muon": 4e-2,
     }
     smoke: ClassVar[Mapping[str, Any]] = {
-        "steps": 6,
+        **Config.smoke,
         "batch": 4,
         "context": 16,
         "rank": 4,
@@ -49,9 +49,6 @@ class Pretrain(Config):
         "layers": 1,
         "heads": 2,
         "eval_windows": 8,
-        "eval_every": 3,
-        "log_every": 1,
-        "save_every": 3,
     }
 
     method: str = shared("method", "full,lora,naive,lowrank_adam,lowrank_muon")
@@ -74,12 +71,13 @@ class Pretrain(Config):
     def task(self) -> Task:
         corpus = text.load(self.data or None)
         text.check_length(corpus, self.context)
-        model = gpt.GPTConfig(self.d, self.layers, self.heads, self.context, self.dtype)
+        model = gpt.GPT(gpt.GPTConfig(self.d, self.layers, self.heads, self.context, self.dtype))
+        example = jax.ShapeDtypeStruct((1, self.context), jnp.int32)
         windows = text.validation_windows(corpus, self.eval_windows, self.context)
         return Task(
             data=f"{corpus.name}: {len(corpus.train):,} bytes to train, {len(corpus.validation):,} held out",
-            model=gpt.GPT(model),
-            init=functools.partial(dense_params, model),
+            model=model,
+            init=functools.partial(random_params, model, example),
             is_kernel=gpt.is_block_kernel,
             loss=loss_fn,
             batch=lambda seed, step: text.batch(corpus.train, seed, step, self.batch, self.context),
@@ -87,12 +85,6 @@ class Pretrain(Config):
             unit="nats/byte",
             work=("tokens", self.batch * self.context),
         )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def dense_params(config: gpt.GPTConfig, key: jax.Array) -> Params:
-    """The weights from which all methods start."""
-    return gpt.GPT(config).init(key, jnp.zeros((1, config.context), jnp.int32))["params"]
 
 
 def loss_fn(apply_fn: Callable[..., Any], params: Params, windows: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -1,11 +1,13 @@
 """What an experiment trains, and on what: everything the trainer needs to know of it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 Params = Any
 Batch = Any  # a tree of NumPy arrays that share their first axis
@@ -42,6 +44,12 @@ class Task:
     unit: str
     work: tuple[str, int]
     is_frozen: Callable[[str], bool] = _nothing
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def random_params(model: nn.Module, example: jax.ShapeDtypeStruct, key: jax.Array) -> Params:
+    """Weights of a model for inputs of the shape and dtype of `example`."""
+    return model.init(key, jnp.zeros(example.shape, example.dtype))["params"]
 
 
 class DataError(Exception):

@@ -37,7 +37,7 @@ def load(config: Config) -> Task:
 def build(config: Config, name: str) -> tuple[Task, Callable[..., Any], Any]:
     """The task, the model's apply function for the method's kernels, and the optimizer."""
     task, method = load(config), methods.METHODS[name]
-    return task, methods.apply(method, task.model), methods.optimizer(method, task, config.settings(name))
+    return task, methods.apply(method, task.model), methods.optimizer(name, task, config)
 
 
 def create_state(config: Config, name: str) -> TrainState:
@@ -94,13 +94,12 @@ def train(config: Config, session: Session, name: str, interrupted: Callable[[],
     """Run one method to its end, or to an interruption; returns whether it reached the end."""
     task, _, _ = build(config, name)
     state = create_state(config, name)
-    trained = [x for path, x in jax.tree_util.tree_leaves_with_path(state.params) if _is_trained(task, path)]
     header = {
         "experiment": config.name,
         **dataclasses.asdict(config),
         "method": name,
         "learning_rate": config.learning_rate(name),
-        "parameters": sum(leaf.size for leaf in trained),
+        "parameters": methods.trained_parameters(task, state.params),
         "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
         "data": task.data,
         "unit": task.unit,
@@ -160,11 +159,6 @@ def train(config: Config, session: Session, name: str, interrupted: Callable[[],
                     jax.block_until_ready(state)
                     clock, since = time.perf_counter(), step
     return start == config.steps
-
-
-def _is_trained(task: Task, path: tuple) -> bool:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return not (task.is_frozen(name) or name.endswith("/base"))
 
 
 def saved(state: TrainState) -> dict[str, Any]:

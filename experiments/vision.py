@@ -26,7 +26,7 @@ import optax
 
 from experiments import images, trainer, vgg, vit
 from experiments.config import Config, ConfigError, option, shared
-from experiments.task import Batch, DataError, Params, Task
+from experiments.task import Batch, DataError, Params, Task, random_params
 
 EVALUATED = 500  # validation images at a time
 
@@ -36,18 +36,14 @@ class Vision(Config):
     """Classify images with full and low-rank kernels and compare them."""
 
     name: ClassVar[str] = "vision"
-    tuned: ClassVar[Mapping[str, float]] = {}
     smoke: ClassVar[Mapping[str, Any]] = {
-        "steps": 6,
+        **Config.smoke,
         "batch": 16,
         "rank": 4,
         "d": 32,
         "layers": 1,
         "heads": 2,
         "width": 4,
-        "eval_every": 3,
-        "log_every": 1,
-        "save_every": 3,
     }
 
     steps: int = shared("steps", 600)
@@ -80,7 +76,7 @@ class Vision(Config):
         return Task(
             data=f"{data.name}: {len(data.train[0]):,} to train, {len(data.held_out[0]):,} held out",
             model=model,
-            init=functools.partial(dense_params, model, tuple(shape)),
+            init=functools.partial(random_params, model, jax.ShapeDtypeStruct((1, *shape), jnp.float32)),
             is_kernel=vit.is_kernel if self.model == "vit" else vgg.is_kernel,
             loss=loss_fn,
             batch=lambda seed, step: images.batch(data, seed, step, self.batch),
@@ -88,12 +84,6 @@ class Vision(Config):
             unit="nats",
             work=("images", self.batch),
         )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def dense_params(model: nn.Module, shape: tuple[int, ...], key: jax.Array) -> Params:
-    """The weights from which all methods start."""
-    return model.init(key, jnp.zeros((1, *shape)))["params"]
 
 
 def loss_fn(apply_fn: Callable[..., Any], params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -6,8 +6,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The suite compiles far more than it computes: without LLVM's optimisations it takes less than half the time.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+from collections.abc import Iterator
+
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -15,3 +18,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # A first example compiles, so no deadline; in CI every run draws the same examples.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(scope="module")
+def settings_of_a_user() -> Iterator[None]:
+    """JAX as it is outside the suite: single precision, ranks promoted."""
+    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+        yield

@@ -3,7 +3,7 @@
 import functools
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,7 @@ DENSE = [name for name, method in METHODS.items() if method.form == "dense"]
 TEXT = "To be factored, or not to be factored: that is the question.\n" * 40
 
 
-@pytest.fixture(scope="module", autouse=True)
-def settings_of_a_user() -> Iterator[None]:
-    """The scripts run as they run outside the suite, in single precision."""
-    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("settings_of_a_user")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,7 @@ SMALL = bert.BERTConfig(d=24, layers=2, heads=3, hidden=40, vocabulary=50, posit
 SYNSET = "00017222 {:02} n 01 plant 0 001 @ 00004475 n 0000 | {}  \n"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def settings_of_a_user() -> Iterator[None]:
-    """The scripts run as they run outside the suite, in single precision."""
-    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("settings_of_a_user")
 
 
 def random_weights(config: bert.BERTConfig) -> dict[str, np.ndarray]:

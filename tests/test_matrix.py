@@ -1,6 +1,5 @@
 """The experiment `matrix`: its target, and heavy ball in every form."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -9,12 +8,7 @@ import pytest
 
 from experiments import matrix, metrics
 
-
-@pytest.fixture(scope="module", autouse=True)
-def settings_of_a_user() -> Iterator[None]:
-    """The scripts run as they run outside the suite, in single precision."""
-    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("settings_of_a_user")
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import gzip
 import importlib.util
 import pickle
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,7 @@ IDX = ["train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-label
 CIFAR = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def settings_of_a_user() -> Iterator[None]:
-    """The scripts run as they run outside the suite, in single precision."""
-    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("settings_of_a_user")
 
 
 @pytest.fixture(scope="module")
