@@ -127,7 +127,8 @@ class Sweep:
         """Tune one method and repeat its best; returns a line about it."""
         method = label.split(":")[0]
         own = dict(pair.split("=") for pair in label.split(":")[1:])
-        lr = float(own.get("lr", self.config.tuned.get(method, METHODS[method].learning_rate)))
+        tuned = self.config.tuned
+        lr = float(own.get("lr", tuned.get(label, tuned.get(method, METHODS[method].learning_rate))))
         tried = {lr: self.run(label, lr, seeds[0])}
         while True:
             # The first of equals, so that a flat search ends; of those that diverged the smallest, to go down from.
