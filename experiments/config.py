@@ -39,6 +39,7 @@ class Config:
     rank: int = option(16, "rank of every factored kernel, at most")
     max_rank: int = option(0, "width of the factors that ranks may grow into; 0 is the rank")
     init_scale: float = option(1.0, "factor on the singular values that factored kernels start with")
+    dense_scale: float = option(1.0, "factor on the kernels that dense methods start with")
     tolerance: float = option(0.0, "relative tail that lowrank_* may discard; 0 keeps the rank")
     budget: int = option(0, "parameters that all kernels of lowrank_* may have together; 0 keeps the ranks")
     momentum: str = option("", "of lowrank_*; empty is the default of the library", "", "coefficient", "tangent")

@@ -125,7 +125,7 @@ METHODS: dict[str, Method] = {
 def factor(method: Method, task: Task, params: Params, config: "Config", key: jax.Array) -> Params:
     """The dense parameters with every kernel in the form of the method."""
     if method.form == "dense":
-        return params
+        return scale_kernels(task, params, config.dense_scale)
     on_manifold = method.optimizer in (_lowrank_adam, _lowrank_heavy_ball, _lowrank_muon)
     width = config.max_rank if on_manifold and config.max_rank else None
     lowrank = lro.factorize(params, config.rank, max_rank=width, where=task.is_kernel, scale=config.init_scale)
@@ -144,6 +144,15 @@ def factor(method: Method, task: Task, params: Params, config: "Config", key: ja
         return kernels.Adapter(dense, change(W)) if config.adapt else change(W)
 
     return jax.tree.map(one, lowrank, params, is_leaf=lro.is_lowrank)
+
+
+def scale_kernels(task: Task, params: Params, scale: float) -> Params:
+    """The dense parameters with every kernel times `scale`."""
+
+    def one(path: tuple, x: jax.Array) -> jax.Array:
+        return scale * x if task.is_kernel(jax.tree_util.keystr(path, simple=True, separator="/"), x.shape) else x
+
+    return params if scale == 1 else jax.tree_util.tree_map_with_path(one, params)
 
 
 def apply(method: Method, model: nn.Module) -> Callable[..., Any]:
