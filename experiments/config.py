@@ -42,7 +42,7 @@ class Config:
     dense_scale: float = option(1.0, "factor on the kernels that dense methods start with")
     tolerance: float = option(0.0, "relative tail that lowrank_* may discard; 0 keeps the rank")
     budget: int = option(0, "parameters that all kernels of lowrank_* may have together; 0 keeps the ranks")
-    momentum: str = option("", "of lowrank_*; empty is the default of the library", "", "coefficient", "tangent")
+    momentum: str = option("", "of lowrank_*; empty is its default", "", "balanced", "tangent", "coefficient")
     gradient: str = option("projected", "of lowrank_*", "projected", "galerkin")
     local_steps: int = option(1, "coefficient steps of a galerkin loop")
     retraction: str = option("svd", "of lowrank_*", "svd", "bug")

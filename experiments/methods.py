@@ -88,7 +88,7 @@ def _geometry(config: "Config") -> dict[str, Any]:
     elif config.tolerance:
         policy = lro.tolerance(config.tolerance)
     options = {"gradient": config.gradient, "local_steps": config.local_steps, "retraction": config.retraction}
-    return {**options, "rank": policy, **({"momentum": config.momentum} if config.momentum else {})}
+    return {**options, "rank": policy, "momentum": config.momentum or None}
 
 
 def _lowrank_adam(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
@@ -97,7 +97,11 @@ def _lowrank_adam(schedule: Schedule, config: "Config") -> optax.GradientTransfo
 
 
 def _lowrank_heavy_ball(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
-    return lro.fixed_rank(_heavy_ball(schedule, config), **_geometry(config))
+    # lro.lowrank_heavy_ball, likewise.
+    geometry = _geometry(config)
+    if geometry["momentum"] is None and geometry["gradient"] == "projected":
+        geometry["momentum"] = "tangent"
+    return lro.fixed_rank(_heavy_ball(schedule, config), **geometry)
 
 
 def _lowrank_muon(schedule: Schedule, config: "Config") -> optax.GradientTransformation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from lowrank_optax.lowrank import LowRank, flatten, is_lowrank, unflatten
 from lowrank_optax.rank import RankPolicy
 from lowrank_optax.transforms import fixed_rank
 
-Momentum = Literal["coefficient", "tangent"]
+Momentum = Literal["balanced", "tangent", "coefficient"]
 Gradient = Literal["projected", "galerkin"]
 Retraction = Literal["svd", "bug"]
 ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
@@ -30,7 +31,7 @@ def lowrank_heavy_ball(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     accumulator_dtype: Any = None,
-    momentum_space: Momentum = "coefficient",
+    momentum_space: Momentum | None = None,
     gradient: Gradient = "projected",
     local_steps: int = 1,
     retraction: Retraction = "svd",
@@ -51,7 +52,8 @@ def lowrank_heavy_ball(
       weight_decay: decoupled decay of W (and of ordinary leaves), as in `optax.adamw`; times the step size.
       mask: leaves to decay, as in `optax.add_decayed_weights`; it sees one matrix at the place of a kernel.
       accumulator_dtype: dtype of the momentum; default float32 or that of the parameters, whichever is wider.
-      momentum_space: "coefficient" or "tangent", the argument `momentum` of `fixed_rank`.
+      momentum_space: the argument `momentum` of `fixed_rank`. Default: "tangent", whose progress does not depend on
+        the condition of W, or "coefficient" with a galerkin gradient.
       gradient: "projected" or "galerkin", see `fixed_rank`.
       local_steps: coefficient steps of a galerkin loop.
       retraction: "svd" or "bug".
@@ -75,6 +77,8 @@ def lowrank_heavy_ball(
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+    if momentum_space is None:
+        momentum_space = "coefficient" if gradient == "galerkin" else "tangent"
     return fixed_rank(
         inner,
         momentum=momentum_space,
@@ -98,7 +102,7 @@ def lowrank_adam(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     nesterov: bool = False,
-    momentum: Momentum = "coefficient",
+    momentum: Momentum | None = None,
     gradient: Gradient = "projected",
     local_steps: int = 1,
     retraction: Retraction = "svd",
@@ -109,18 +113,21 @@ def lowrank_adam(
     r"""Low-rank Adam.
 
     .. math::
-      \hat N &\leftarrow b_1 \hat N + (1 - b_1) \hat G, \quad
-      \hat v \leftarrow b_2 \hat v + (1 - b_2) \hat G^{\circ 2}, \\
-      \hat S &\leftarrow \hat S - h\, \frac{\hat N / (1 - b_1^t)}{\sqrt{\hat v / (1 - b_2^t)} + \epsilon}
+      N \leftarrow b_1 N + (1 - b_1) G, \quad
+      v \leftarrow b_2 v + (1 - b_2) G^{\circ 2}, \quad
+      X \leftarrow X - h\, \frac{N / (1 - b_1^t)}{\sqrt{v / (1 - b_2^t)} + \epsilon}
 
-    `fixed_rank(optax.adamw(...))`, whose docstring gives the whole step. Between steps second moments are carried
-    by the square-root congruence :math:`v \leftarrow (P_1^\top \sqrt{v}\, Q_1)^{\circ 2}`.
+    on the coordinates X of W that `momentum` names and the gradient G with respect to them.
+    `fixed_rank(optax.adamw(...))`, whose docstring gives the whole step. With `momentum="coefficient"` it is the method
+    of the paper.
 
     Args:
-      learning_rate: step size h, a number or a schedule. Entries of the coefficient matrix move by about h, so W
-        moves by about h sqrt(3) r in norm; a dense Adam step moves it by h sqrt(m n). A good h is therefore larger
-        than the dense one, by up to sqrt(m n) / (sqrt(3) r). A direction that is new in a step has no second moment
-        yet and moves by about (1 - b1) / sqrt(1 - b2) = 3.2 h, whatever its gradient: b2 = 0.99 makes that h.
+      learning_rate: step size h, a number or a schedule. With balanced momentum entries of the factors move by about h:
+        begin at twice the step size of dense AdamW. With tangent momentum begin at that of dense AdamW. With
+        coefficient momentum W moves by about h sqrt(3) r in norm, where a dense step moves it by h sqrt(m n): a good h
+        is larger than the dense one, by up to sqrt(m n) / (sqrt(3) r). There a direction that is new in a step has
+        no second moment yet and moves by about (1 - b1) / sqrt(1 - b2) = 3.2 h, whatever its gradient: b2 = 0.99
+        makes that h.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
@@ -129,7 +136,7 @@ def lowrank_adam(
       weight_decay: decoupled decay of W (and of ordinary leaves), as in `optax.adamw`; times the step size.
       mask: leaves to decay, as in `optax.adamw`; it sees one matrix at the place of a kernel.
       nesterov: whether to use Nesterov's momentum.
-      momentum: "coefficient" or "tangent", see `fixed_rank`.
+      momentum: "balanced", "tangent" or "coefficient", see `fixed_rank`, also for the default.
       gradient: "projected" or "galerkin", see `fixed_rank`.
       local_steps: coefficient steps of a galerkin loop.
       retraction: "svd" or "bug".
@@ -138,8 +145,8 @@ def lowrank_adam(
       ordinary: transformation for ordinary leaves; default the same.
 
     Returns:
-      An Optax transformation. State of a kernel: 2 r^2 numbers with `momentum="coefficient"`, twice
-      r (m + n) + r^2 with `momentum="tangent"`.
+      An Optax transformation. State of a kernel: twice r (m + n) + r^2 numbers, or 2 r^2 with
+      `momentum="coefficient"`.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -173,7 +180,7 @@ def lowrank_adamw(
     mask: Mask = None,
     *,
     nesterov: bool = False,
-    momentum: Momentum = "coefficient",
+    momentum: Momentum | None = None,
     gradient: Gradient = "projected",
     local_steps: int = 1,
     retraction: Retraction = "svd",
@@ -193,7 +200,7 @@ def lowrank_adamw(
       weight_decay: decoupled decay of W and of ordinary leaves.
       mask: leaves to decay.
       nesterov: whether to use Nesterov's momentum.
-      momentum: "coefficient" or "tangent", see `fixed_rank`.
+      momentum: "balanced", "tangent" or "coefficient", see `fixed_rank`, also for the default.
       gradient: "projected" or "galerkin", see `fixed_rank`.
       local_steps: coefficient steps of a galerkin loop.
       retraction: "svd" or "bug".
@@ -241,7 +248,7 @@ def lowrank_muon(
     adam_b1: float | jax.Array = 0.9,
     adam_b2: float | jax.Array = 0.999,
     adam_weight_decay: float | jax.Array = 0.0,
-    momentum: Momentum = "coefficient",
+    momentum: Momentum | None = None,
     gradient: Gradient = "projected",
     local_steps: int = 1,
     retraction: Retraction = "svd",
@@ -250,18 +257,19 @@ def lowrank_muon(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Low-rank Muon: the momentum of a kernel is orthogonalised before it is applied.
 
-    .. math:: \hat N \leftarrow \beta \hat N + \hat G, \quad
-       \hat S \leftarrow \hat S - h \sqrt{\max(1, n / m)}\; \mathrm{polar}(\hat G + \beta \hat N)
+    .. math:: N \leftarrow \beta N + G, \quad
+       X \leftarrow X - h \sqrt{\max(1, n / m)}\; \mathrm{polar}(G + \beta N)
 
-    The 2r x 2r coefficient matrix has the singular values of the tangent vector itself, so its polar factor is
-    that of the tangent vector, at the cost of r x r products. The polar factor is approximated by Newton-Schulz.
-    With tangent momentum the part of it outside the tangent space is dropped.
+    With balanced momentum X is each of the two factors of W. With coefficient momentum it is the 2r x 2r coefficient
+    matrix, which has the singular values of the tangent vector itself, so its polar factor is that of the tangent
+    vector, at the cost of r x r products; with tangent momentum the part of it outside the tangent space is dropped.
+    The polar factor is approximated by Newton-Schulz.
 
     Ordinary leaves (embeddings, head, norms, biases) are trained by AdamW.
 
     Args:
-      learning_rate: step size h, the spectral norm of a step for kernels with m >= n. Its unit is that of
-        `optax.contrib.muon`, whatever the rank.
+      learning_rate: step size h, the spectral norm of a step of X for kernels with m >= n. Begin at that of
+        `optax.contrib.muon` for dense kernels, whatever the rank; at twice that with coefficient momentum.
       beta: decay of the momentum.
       nesterov: whether to use Nesterov's momentum.
       ns_steps: Newton-Schulz iterations.
@@ -271,7 +279,7 @@ def lowrank_muon(
       adam_b1: decay of its first moment.
       adam_b2: decay of its second moment.
       adam_weight_decay: its decay.
-      momentum: "coefficient" or "tangent", see `fixed_rank`.
+      momentum: "balanced", "tangent" or "coefficient", see `fixed_rank`, also for the default.
       gradient: "projected" or "galerkin", see `fixed_rank`.
       local_steps: coefficient steps of a galerkin loop.
       retraction: "svd" or "bug".
@@ -279,7 +287,7 @@ def lowrank_muon(
       move_ordinary: whether ordinary leaves move on the augmenting call of a galerkin loop.
 
     Returns:
-      An Optax transformation. State of a kernel: r^2 numbers, or r (m + n) + r^2 with `momentum="tangent"`.
+      An Optax transformation. State of a kernel: r (m + n) + r^2 numbers, or r^2 with `momentum="coefficient"`.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -332,7 +340,7 @@ def orthogonalize(ns_steps: int = 5) -> optax.GradientTransformationExtraArgs:
       >>> tx = lro.fixed_rank(optax.chain(lro.orthogonalize(), optax.scale(-0.02)), ordinary=optax.sgd(0.1))
     """
 
-    def one(x: Any, W: Any) -> Any:
+    def one(x: Any, W: Any, momentum: str) -> Any:
         if isinstance(x, optax.MaskedNode):
             return x
         if not is_lowrank(W):
@@ -341,14 +349,16 @@ def orthogonalize(ns_steps: int = 5) -> optax.GradientTransformationExtraArgs:
         scale = math.sqrt(max(1.0, n / m))
         if not is_lowrank(x):
             return scale * linalg.newton_schulz(x, ns_steps)
-        return unflatten(_polar(flatten(x), ns_steps, scale), x)
+        polar = _polar_of_pair if momentum == "balanced" else _polar
+        return unflatten(polar(flatten(x), ns_steps, scale), x)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del params
         if "kernels" not in extra_args:
             raise ValueError("orthogonalize works on the coordinates of kernels: use it inside fixed_rank")
         leaf = lambda x: is_lowrank(x) or isinstance(x, optax.MaskedNode)  # noqa: E731
-        return jax.tree.map(one, updates, extra_args["kernels"], is_leaf=leaf), state
+        turn = functools.partial(one, momentum=extra_args["momentum"])
+        return jax.tree.map(turn, updates, extra_args["kernels"], is_leaf=leaf), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
@@ -363,3 +373,8 @@ def _polar(xi: LowRank, steps: int, scale: float) -> LowRank:
     y = jnp.concatenate([top, jnp.concatenate([ru, zero], axis=-1)], axis=-2)
     z = scale * linalg.newton_schulz(y, steps)
     return LowRank(u @ z[..., r:, :r], z[..., :r, :r], v @ linalg.transpose(z[..., :r, r:]))
+
+
+def _polar_of_pair(m: LowRank, steps: int, scale: float) -> LowRank:
+    """The polar factors of both moments of balanced factors."""
+    return LowRank(scale * linalg.newton_schulz(m.U, steps), m.S, scale * linalg.newton_schulz(m.V, steps))

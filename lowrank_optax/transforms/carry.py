@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax import balanced
 from lowrank_optax import manifold as mf
 from lowrank_optax.linalg import all_finite, transpose
 from lowrank_optax.lowrank import LowRank, cast_like, is_lowrank
@@ -48,10 +49,12 @@ def coefficient_change(left: jax.Array, right: jax.Array) -> Change:
     return Change(apply, (left, right))
 
 
-def gauge_change(tangent: bool, p: jax.Array, q: jax.Array) -> Change:
-    """The change to the bases U P and V Q in either coordinate system."""
-    if not tangent:
+def gauge_change(momentum: str, p: jax.Array, q: jax.Array) -> Change:
+    """The change to the bases U P and V Q, for moments of any kind."""
+    if momentum == "coefficient":
         return coefficient_change(transpose(p), transpose(q))
+    if momentum == "balanced":
+        return balanced_change(p, q)
 
     def apply(arrays: Any, x: LowRank, squared: bool) -> LowRank:
         p, q = arrays
@@ -70,6 +73,17 @@ def transport_change(old: LowRank, new: LowRank, active: jax.Array) -> Change:
         return cast_like(move(x.astype(old.U.dtype), old, new, active), x)
 
     return Change(apply, (old, new, active))
+
+
+def balanced_change(x: jax.Array, y: jax.Array) -> Change:
+    """The change of moments on balanced factors when the pair A, B becomes A X, B Y."""
+
+    def apply(arrays: Any, m: LowRank, squared: bool) -> LowRank:
+        x, y = arrays
+        move = balanced.turn_squared if squared else balanced.turn
+        return cast_like(move(m.astype(x.dtype), x, y), m)
+
+    return Change(apply, (x, y))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ class FixedRankState(NamedTuple):
 def fixed_rank(
     inner: optax.GradientTransformation,
     *,
-    momentum: Literal["coefficient", "tangent"] = "coefficient",
+    momentum: Literal["balanced", "tangent", "coefficient"] | None = None,
     gradient: Literal["projected", "galerkin"] = "projected",
     local_steps: int = 1,
     retraction: Literal["svd", "bug"] = "svd",
@@ -52,7 +52,8 @@ def fixed_rank(
 
     Every `LowRank` node of the parameters moves along the manifold of matrices of its rank: the gradient is
     projected onto the tangent space, `inner` works on its coordinates, the result is retracted, and the state of
-    `inner` is carried into the new bases. Ordinary leaves get `inner` unchanged. With coefficient momentum a step is
+    `inner` is carried into the new bases. Ordinary leaves get `inner` unchanged. With the coefficient momentum of the paper a
+    step is
 
     .. math::
 
@@ -70,16 +71,24 @@ def fixed_rank(
 
     What `inner` sees at a kernel is one matrix whose norm is the Riemannian norm: weight decay inside decays W and
     never the bases, global-norm clipping inside clips the Riemannian norm. Both must be inside: outside they act
-    on factors. Its step size has the unit of `inner`, so sgd's h moves W by h P(W)G.
+    on factors. Its step size has the unit of `inner`, so sgd's h moves W by h P(W)G. With balanced momentum it sees
+    the gradients of the two factors, and half of each as parameters, so that weight decay decays W here too.
 
     A step in which a gradient, or anything computed from it, is not finite changes nothing and is counted.
 
     Args:
       inner: transformation with state that mirrors the parameters or is scalar: sgd, adam, adamw, rmsprop, lion,
         chains of them with schedules, clipping, decay. Not adafactor or sm3, whose state is factored.
-      momentum: "coefficient" keeps the state of `inner` in r x r coefficients, as in the paper, and drops the part
-        that leaves the kept bases. "tangent" keeps it as tangent vectors, `r (m + n) + r^2` numbers each,
-        transported by projection: no loss, more memory.
+      momentum: what `inner` works on and its state is kept as.
+        "coefficient", as in the paper: the r x r coefficients of W; what leaves the kept bases is dropped. Next to no
+        memory, but directions outside the bases never average more than one gradient, which shows in long runs.
+        "tangent": tangent vectors, `r (m + n) + r^2` numbers each, transported by projection. Indifferent to the
+        condition of W, therefore the choice for heavy ball.
+        "balanced": the factors of W = (U S^{1/2}) (V S^{1/2})^T, as many numbers. A direction of singular value sigma
+        moves sqrt(sigma) times as far, steps grow with the weights, and a step needs no basis of twice the rank. Best
+        with normalised steps (Adam, Muon) on networks; keeps the rank.
+        Default: "balanced"; where the other options exclude it "tangent", with a rank policy or the bug retraction,
+        or "coefficient", with a galerkin gradient. `RESULTS.md` compares the three.
       gradient: "projected" needs one gradient a step. "galerkin" is the loop of the authors, over
         `local_steps + 1` calls: the first only augments the bases, then `inner` updates the full augmented S with
         the gradients of the later batches, the bases frozen, and the last truncates. Its factors need a width of
@@ -98,7 +107,7 @@ def fixed_rank(
       A transformation whose updates are `new - old` for every factor, so that `optax.apply_updates` lands on the
       manifold. Chain nothing after it that rescales updates. Its `update` needs `params`. With a galerkin gradient it
       takes an optional extra argument `grad_fn`, a function from parameters to gradients: each call is then a whole
-      loop on one batch. It passes `kernels`, the tree of factored parameters, to `inner` as an extra argument.
+      loop on one batch. It passes `kernels`, the tree of factored parameters, and `momentum` to `inner` as extra arguments.
 
     Raises:
       ValueError: for options that exclude each other; from `init` for kernels that are no valid factorisation or an
@@ -121,8 +130,11 @@ def fixed_rank(
       Schotthöfer, Klein, Kusch, arXiv:2506.17475, low-rank heavy ball and low-rank Adam. The combinator, tangent
       momentum and budgets go beyond it.
     """
+    if momentum is None:
+        free = rank is None and retraction == "svd"
+        momentum = "coefficient" if gradient == "galerkin" else "balanced" if free else "tangent"
     for name, value, allowed in (
-        ("momentum", momentum, ("coefficient", "tangent")),
+        ("momentum", momentum, ("balanced", "tangent", "coefficient")),
         ("gradient", gradient, ("projected", "galerkin")),
         ("retraction", retraction, ("svd", "bug")),
     ):
@@ -133,10 +145,15 @@ def fixed_rank(
             f"rank takes a policy, tolerance(theta) or budget(parameters), or None to keep the rank that factorize "
             f"chose; got {rank!r}"
         )
-    if gradient == "galerkin" and momentum == "tangent":
+    if momentum == "balanced" and (rank is not None or retraction != "svd"):
+        raise ValueError(
+            "momentum='balanced' keeps the rank of every kernel and has a retraction of its own: use "
+            "momentum='tangent' with a rank policy or with retraction='bug'"
+        )
+    if gradient == "galerkin" and momentum != "coefficient":
         raise ValueError(
             "gradient='galerkin' works in augmented coefficients: use momentum='coefficient' with it, or "
-            "gradient='projected' with momentum='tangent'"
+            "gradient='projected' with another momentum"
         )
     if retraction == "bug" and (rank is not None or gradient == "galerkin"):
         raise ValueError(
@@ -151,6 +168,7 @@ def fixed_rank(
         )
     policy = rank_lib.keep() if rank is None else rank
     galerkin = gradient == "galerkin"
+    step = {"balanced": st.balanced_step, "tangent": st.tangent_step, "coefficient": st.coefficient_step}[momentum]
 
     def method_for(params: Any) -> st.Method:
         tx, kernel_tx = inner, None
@@ -163,7 +181,7 @@ def fixed_rank(
             kernel_inner=kernel_tx,
             policy=policy,
             retraction=retraction,
-            tangent=momentum == "tangent",
+            momentum=momentum,
             in_place=galerkin,
             second_moments=second_moments,
         )
@@ -201,7 +219,7 @@ def fixed_rank(
         check_gradients(updates, params)
         method, split = method_for(params), Split(params)
         _check_state(method, split, state, params)
-        extra = {**extra_args, "kernels": params}
+        extra = {**extra_args, "kernels": params, "momentum": momentum}
         finite = linalg.all_finite(split.ordinary(updates))
         if not split:
             moved_updates, inner_state = method.inner.update(updates, state.inner_state, params, **extra)
@@ -220,7 +238,6 @@ def fixed_rank(
                     at = functools.partial(_gradients_at, grad_fn, params, split)
                     moved = st.coefficient_step(method, split, point, grads, extra, at, local_steps)
                 else:
-                    step = st.tangent_step if method.tangent else st.coefficient_step
                     moved = step(method, split, point, grads, extra)
                 phase = state.phase
         differences = _differences(params, moved.params)

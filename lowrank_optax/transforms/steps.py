@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax import linalg
+from lowrank_optax import balanced, linalg
 from lowrank_optax import manifold as mf
 from lowrank_optax.linalg import transpose
 from lowrank_optax.lowrank import LowRank
 from lowrank_optax.rank import RankPolicy, Spectrum, relative_tail
 from lowrank_optax.transforms.carry import (
     Change,
+    balanced_change,
     carry,
     coefficient_change,
     gauge_change,
@@ -57,7 +58,7 @@ class Method:
       kernel_inner: the part of it for kernels, where ordinary leaves have a transformation of their own; else None.
       policy: chooses ranks.
       retraction: "svd" or "bug".
-      tangent: whether moments are tangent vectors.
+      momentum: "balanced", "tangent" or "coefficient": what moments are.
       in_place: whether bases are augmented within the width of the factors.
       second_moments: fields of the inner state that hold squares.
     """
@@ -66,7 +67,7 @@ class Method:
     kernel_inner: optax.GradientTransformation | None
     policy: RankPolicy
     retraction: str
-    tangent: bool
+    momentum: str
     in_place: bool
     second_moments: tuple[str, ...]
 
@@ -105,8 +106,14 @@ class Method:
         return state._replace(inner_states={**state.inner_states, "kernel": part})
 
     def view(self, W: LowRank) -> Any:
-        """What the inner transformation sees of a kernel: W as a coefficient matrix or as a tangent vector."""
-        return LowRank(jnp.zeros_like(W.U), W.S, jnp.zeros_like(W.V)) if self.tangent else W.S
+        """What the inner transformation sees of a kernel: W as a coefficient matrix, tangent vector or pair.
+
+        Of the pair it sees half, so that weight decay at a rate c multiplies W by (1 - c / 2)^2, 1 - c to first order.
+        """
+        if self.momentum == "balanced":
+            root = 0.5 * jnp.sqrt(jnp.maximum(jnp.diagonal(W.S, axis1=-2, axis2=-1), 0.0))[..., None, :]
+            return LowRank(W.U * root, jnp.zeros_like(W.S), W.V * root)
+        return LowRank(jnp.zeros_like(W.U), W.S, jnp.zeros_like(W.V)) if self.momentum == "tangent" else W.S
 
 
 class Point(NamedTuple):
@@ -136,7 +143,7 @@ def canonicalize(method: Method, split: Split, point: Point, grads: Any) -> tupl
             LowRank(W.U @ p, linalg.diagonal(sigma), W.V @ q) for W, (p, sigma, q) in zip(Ws, gauges, strict=True)
         ]
         gs = [mf.rotate(g, p, q) for g, (p, _, q) in zip(split.kernels(grads), gauges, strict=True)]
-        changes = [gauge_change(method.tangent, p, q) for p, _, q in gauges]
+        changes = [gauge_change(method.momentum, p, q) for p, _, q in gauges]
         inner_state, finite = method.carry(point.inner_state, split, changes)
         params = split.merge(turned, split.ordinary(point.params))
         return Point(params, point.kernels, inner_state, point.finite & finite), split.merge(gs, split.ordinary(grads))
@@ -266,6 +273,30 @@ def tangent_step(method: Method, split: Split, point: Point, grads: Any, extra: 
     ]
     inner_state, finite = method.carry(inner_state, split, changes)
     finite &= point.finite & linalg.all_finite((new, norms))
+    return Point(split.merge(new, split.ordinary(steps)), _states(split, states), inner_state, finite)
+
+
+def balanced_step(method: Method, split: Split, point: Point, grads: Any, extra: dict[str, Any]) -> Point:
+    """One whole step with moments on balanced factors: the pair moves and is balanced anew."""
+    Ws, ks, gs = (split.kernels(x) for x in (point.params, point.kernels, grads))
+    actives = [linalg.leading(k.rank, W.rank) for W, k in zip(Ws, ks, strict=True)]
+    columns = [balanced.columns(W, active) for W, active in zip(Ws, actives, strict=True)]
+    steps, inner_state = method.inner.update(
+        split.merge((balanced.gradient(*x) for x in zip(Ws, gs, columns, strict=True)), split.ordinary(grads)),
+        point.inner_state,
+        split.merge(map(method.view, Ws), split.ordinary(point.params)),
+        **extra,
+    )
+    new, states, changes = [], [], []
+    for W, g, k, c, active, d in zip(Ws, gs, ks, columns, actives, split.kernels(steps), strict=True):
+        a, b = balanced.balance(W, c)
+        belong = active[..., None, :]
+        moved = balanced.rebalance(a + jnp.where(belong, d.U, 0.0), b + jnp.where(belong, d.V, 0.0), active)
+        new.append(moved.kernel)
+        states.append(KernelState(k.rank, balanced.norm(W, g, c), jnp.zeros_like(k.truncation)))
+        changes.append(balanced_change(moved.x, moved.y))
+    inner_state, finite = method.carry(inner_state, split, changes)
+    finite &= point.finite & linalg.all_finite((new, [k.gradient_norm for k in states]))
     return Point(split.merge(new, split.ordinary(steps)), _states(split, states), inner_state, finite)
 
 
