@@ -78,13 +78,12 @@ def gradient(W: LowRank, grads: LowRank, c: Columns) -> LowRank:
 
 def norm(W: LowRank, grads: LowRank, c: Columns) -> jax.Array:
     r"""The Riemannian norm, :math:`|P(W)G|^2 = |G V|^2 + |G^\top U|^2 - |U^\top G V|^2`, `(batch...)`."""
-    root = jnp.where(c.known, c.root, 1.0)
+    root, belong = jnp.where(c.known, c.root, 1.0), c.known | c.fresh
     parts = []
     for x, m in ((grads.U, grads.S), (grads.V, transpose(grads.S))):
-        inside = linalg.norm(jnp.where(c.known, m, 0.0))
+        inside = linalg.norm(jnp.where(c.known & transpose(belong), m, 0.0))
         whole = linalg.norm(jnp.where(c.known, x / root / root, 0.0))
         parts.append(jnp.sqrt(jnp.maximum(whole - inside, 0.0)) * jnp.sqrt(whole + inside))
-    belong = c.known | c.fresh
     parts.append(linalg.norm(jnp.where(belong & transpose(belong), grads.S, 0.0)))
     return linalg.norm(jnp.stack(parts, axis=-1)[..., None, :])
 

@@ -51,9 +51,10 @@ BATCH = Layout((6,), (5,), 2, 4, batch=(2,))
 HEADS = Layout((2, 4), (3, 2), 2, 3)
 BATCHED_HEADS = Layout((4,), (2, 3), 2, 4, batch=(2, 1))
 
-COEFFICIENT: dict[str, Any] = {}
+BALANCED: dict[str, Any] = {"momentum": "balanced"}
+COEFFICIENT = {"momentum": "coefficient"}
 TANGENT = {"momentum": "tangent"}
-BUG = {"retraction": "bug"}
+BUG = {"momentum": "coefficient", "retraction": "bug"}
 TANGENT_BUG = {"momentum": "tangent", "retraction": "bug"}
 GALERKIN = {"gradient": "galerkin", "local_steps": 2}
 GALERKIN_1 = {"gradient": "galerkin", "local_steps": 1}
@@ -88,6 +89,7 @@ CASES = [
     Case("padded-f32-adam-tolerance", (PADDED,), jnp.float32, "adam", COEFFICIENT, lro.tolerance(0.05)),
     Case("narrow-bf16-heavyball-tangent", (NARROW,), jnp.bfloat16, "heavyball", TANGENT),
     Case("batch-f32-muon", (BATCH,), jnp.float32, "muon", COEFFICIENT),
+    Case("padded-f32-adam-balanced", (PADDED,), jnp.float32, "adam", BALANCED),
     Case("row-f64-heavyball-bug", (ROW,), jnp.float64, "heavyball", BUG),
     Case("padded-f32-adam-galerkin", (PADDED,), jnp.float32, "adam", GALERKIN),
     Case("two-f32-adam-tangent-budget", (PADDED, PLAIN), jnp.float32, "adam", TANGENT, lro.budget(BUDGET)),
@@ -95,6 +97,9 @@ CASES = [
 ]
 SLOW_CASES = [
     Case("full-f32-adam-tangent", (FULL,), jnp.float32, "adam", TANGENT),
+    Case("full-f16-adam-balanced", (FULL,), jnp.float16, "adam", BALANCED),
+    Case("two-bf16-muon-balanced", (BATCHED_HEADS, NARROW), jnp.bfloat16, "muon", BALANCED),
+    Case("column-f64-heavyball-balanced", (COLUMN,), jnp.float64, "heavyball", BALANCED),
     Case("full-f32-heavyball", (FULL,), jnp.float32, "heavyball", COEFFICIENT),
     Case("column-f32-muon-tangent", (COLUMN,), jnp.float32, "muon", TANGENT),
     Case("row-bf16-adam", (ROW,), jnp.bfloat16, "adam", COEFFICIENT),
@@ -440,8 +445,9 @@ def long_run(tx: optax.GradientTransformationExtraArgs, dtype: Any, steps: int) 
 
 
 LONG = {
-    "adam": lro.lowrank_adam(3e-3),
-    "heavyball": lro.lowrank_heavy_ball(0.02, 0.9),
+    "adam": lro.lowrank_adam(3e-3, momentum="coefficient"),
+    "adam-balanced": lro.lowrank_adam(3e-3),
+    "heavyball": lro.lowrank_heavy_ball(0.02, 0.9, momentum_space="coefficient"),
 }
 
 
@@ -474,6 +480,7 @@ def test_a_thousand_steps_in_bfloat16_do_not_drift() -> None:
 # --- special starts and symmetries -------------------------------------------------------------------------------
 
 GEOMETRIES = {
+    "balanced": BALANCED,
     "coefficient": COEFFICIENT,
     "tangent": TANGENT,
     "bug": BUG,
@@ -552,6 +559,8 @@ SIGNED_ROOTS = pytest.mark.xfail(
         pytest.param("bug", "adam", marks=SIGNED_ROOTS),
         pytest.param("tangent-bug", "adam", marks=SIGNED_ROOTS),
         pytest.param("galerkin", "adam", marks=SIGNED_ROOTS),
+        ("balanced", "adam"),
+        ("balanced", "muon"),
         ("coefficient", "muon"),
         ("tangent-bug", "heavyball"),
     ],
@@ -570,6 +579,7 @@ def test_signs_of_singular_pairs_do_not_matter(geometry: str, inner: str) -> Non
 @pytest.mark.parametrize(
     ("geometry", "inner"),
     [
+        ("balanced", "adam"),
         ("coefficient", "adam"),
         ("bug", "adam"),
         ("tangent", "adam"),

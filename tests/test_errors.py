@@ -115,9 +115,12 @@ def test_lowrank_init():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(momentum="factor"), r"momentum must be one of \('coefficient', 'tangent'\), got 'factor'"),
+        (dict(momentum="factor"), r"momentum must be one of \('balanced', 'tangent', 'coefficient'\), got 'factor'"),
         (dict(gradient="riemannian"), r"gradient must be one of \('projected', 'galerkin'\), got 'riemannian'"),
         (dict(retraction="qr"), r"retraction must be one of \('svd', 'bug'\), got 'qr'"),
+        (dict(momentum="balanced", retraction="bug"), "has a retraction of its own: use momentum='tangent'"),
+        (dict(momentum="balanced", rank=lro.tolerance(0.1)), "keeps the rank of every kernel"),
+        (dict(momentum="balanced", gradient="galerkin"), "use momentum='coefficient' with it"),
         (dict(rank=4), r"rank takes a policy, tolerance\(theta\) or budget\(parameters\).*factorize.*got 4"),
         (dict(rank=0.1), r"rank takes a policy"),
         (dict(gradient="galerkin", momentum="tangent"), r"galerkin.*momentum='coefficient'.*gradient='projected'"),

@@ -164,7 +164,7 @@ def turn(W: lro.LowRank, seed: int) -> tuple[lro.LowRank, tuple[jax.Array, jax.A
 def optimizer(kind: str, h: Any, theta: Any = None, beta: float = BETA) -> optax.GradientTransformation:
     rank = None if theta is None else lro.tolerance(theta)
     if kind == "adam":
-        return lro.lowrank_adam(h, 0.9, 0.99, 1e-4)
+        return lro.lowrank_adam(h, 0.9, 0.99, 1e-4, momentum="coefficient")
     if kind == "factors":
         return optax.sgd(h, beta)
     return lro.lowrank_heavy_ball(h, beta, momentum_space=kind, rank=rank)

@@ -42,8 +42,8 @@ class Case:
         geometry = dict(gradient=gradient, local_steps=self.local_steps)
         geometry["rank"] = lro.tolerance(theta, min_rank=R_MIN, max_rank=R_MAX) if self.adaptive else None
         if self.method == "adam":
-            return lro.lowrank_adam(h, B1, B2, eps, **geometry)
-        return lro.lowrank_heavy_ball(h, BETA, **geometry)
+            return lro.lowrank_adam(h, B1, B2, eps, momentum="coefficient", **geometry)
+        return lro.lowrank_heavy_ball(h, BETA, momentum_space="coefficient", **geometry)
 
     def oracle_method(self, h: float, eps: float) -> oracle.Method:
         return oracle.Adam(h, B1, B2, eps) if self.method == "adam" else oracle.HeavyBall(h, BETA)

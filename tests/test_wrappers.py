@@ -252,15 +252,22 @@ def test_clipping_inside_acts_on_the_riemannian_norm():
         np.testing.assert_allclose(moved, h * bound, rtol=1e-6)
 
 
-@pytest.mark.parametrize("factory", [lro.lowrank_adamw, pytest.param(lro.lowrank_heavy_ball, marks=slow)])
-def test_weight_decay_decays_the_kernel_and_never_its_bases(factory):
+@pytest.mark.parametrize(
+    ("tx", "kept"),
+    [
+        pytest.param(lro.lowrank_adamw(1.0, weight_decay=0.1), 0.95**2, id="balanced"),  # half of it on each factor
+        pytest.param(lro.lowrank_adamw(1.0, weight_decay=0.1, momentum="tangent"), 0.9, id="tangent", marks=slow),
+        pytest.param(lro.lowrank_adamw(1.0, weight_decay=0.1, momentum="coefficient"), 0.9, id="coefficient"),
+        pytest.param(lro.lowrank_heavy_ball(1.0, weight_decay=0.1), 0.9, id="heavy-ball", marks=slow),
+    ],
+)
+def test_weight_decay_decays_the_kernel_and_never_its_bases(tx, kept):
     """Zero gradients and a decay of 0.1 a step."""
     params = tree()
-    tx = factory(1.0, weight_decay=0.1)
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = jax.jit(tx.update)(zero, tx.init(params), params)
     new = optax.apply_updates(params, updates)
-    np.testing.assert_allclose(new["kernel"].to_dense(), 0.9 * params["kernel"].to_dense(), **EXACT)
+    np.testing.assert_allclose(new["kernel"].to_dense(), kept * params["kernel"].to_dense(), **EXACT)
     np.testing.assert_allclose(new["bias"], 0.9 * params["bias"], **EXACT)
     orthonormal(new["kernel"])
 
