@@ -5,11 +5,11 @@ A kernel in the canonical gauge, W = U diag(sigma) V^T, is also
 .. math:: W = A B^\top, \quad A = U \,\mathrm{diag}(\sigma)^{1/2}, \quad B = V \,\mathrm{diag}(\sigma)^{1/2},
    \quad A^\top A = B^\top B = \mathrm{diag}(\sigma).
 
-A step moves A and B, which costs no truncation: the product of moved factors has rank r again. Then the pair is
+A step moves A and B, and nothing is truncated: the product of moved factors has rank r again. Then the pair is
 balanced anew, and what rides on its columns is turned with them. Compared with the tangent space of `manifold`, a
-direction of singular value sigma moves sqrt(sigma) times as far: steps grow with the weights, and small directions wait.
-A pair of moments is a `LowRank` triple too, `(m_A, 0, m_B)`: it has the shapes of (U, S, V), and like the triple of a
-tangent vector m_A rides on the columns of V and m_B on those of U.
+direction of singular value sigma moves sqrt(sigma) times as far: steps grow with the weights.
+A pair of moments is a `LowRank` triple too, `(m_A, 0, m_B)`: it has the shapes of (U, S, V), and like in the triple
+of a tangent vector m_A rides on the columns of V and m_B on those of U.
 
 References:
   Mishra, Meyer, Bonnabel, Sepulchre, `Fixed-rank matrix factorizations and Riemannian low-rank optimization

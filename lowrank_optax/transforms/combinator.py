@@ -52,8 +52,8 @@ def fixed_rank(
 
     Every `LowRank` node of the parameters moves along the manifold of matrices of its rank: the gradient is
     projected onto the tangent space, `inner` works on its coordinates, the result is retracted, and the state of
-    `inner` is carried into the new bases. Ordinary leaves get `inner` unchanged. With the coefficient momentum of the paper a
-    step is
+    `inner` is carried into the new bases. Ordinary leaves get `inner` unchanged. With the coefficient momentum
+    of the paper a step is
 
     .. math::
 
@@ -107,7 +107,8 @@ def fixed_rank(
       A transformation whose updates are `new - old` for every factor, so that `optax.apply_updates` lands on the
       manifold. Chain nothing after it that rescales updates. Its `update` needs `params`. With a galerkin gradient it
       takes an optional extra argument `grad_fn`, a function from parameters to gradients: each call is then a whole
-      loop on one batch. It passes `kernels`, the tree of factored parameters, and `momentum` to `inner` as extra arguments.
+      loop on one batch. It passes `kernels`, the tree of factored parameters, and `momentum` to `inner` as extra
+      arguments.
 
     Raises:
       ValueError: for options that exclude each other; from `init` for kernels that are no valid factorisation or an
