@@ -17,7 +17,7 @@ def write(out: Path) -> None:
     result = json.loads((out / "bench.json").read_text())
     groups = {kind: [c for c in result["cases"] if c["kind"] == kind] for kind in ("size", "phases", "depth")}
     parts = [header(result)]
-    parts += [size_table(case) for case in groups["size"] if len(case["methods"]) > 0]
+    parts += [size_table(case) for case in groups["size"]]
     parts += [phases_table(case) for case in groups["phases"]]
     if groups["depth"]:
         parts.append(depth_table(groups["depth"]))
@@ -86,9 +86,6 @@ def depth_table(cases: list[dict[str, Any]]) -> str:
             f"| {case['layers']} | {seconds[0]:.1f} | {seconds[1]:.1f} | {seconds[1] / seconds[0]:.2f} | "
             f"{spread(full['step_ms'])} | {spread(low['step_ms'])} |"
         )
-    counts = [m["compilations_in_two_steps"] for m in cases[0]["methods"].values() if "compilations_in_two_steps" in m]
-    if counts:
-        rows += ["", f"Compilations in two steps: {', '.join(map(str, counts))}."]
     return "\n".join(rows)
 
 

@@ -24,7 +24,6 @@ LABELS = {
     "lowrank_adam": "low-rank Adam",
     "lowrank_adam:tangent": "low-rank Adam, tangent momentum",
     "lowrank_adam:bug": "low-rank Adam, bug retraction",
-    "lowrank_muon": "low-rank Muon",
 }
 
 
