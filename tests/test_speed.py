@@ -38,6 +38,15 @@ def test_nothing_with_m_rows_is_decomposed(geometry: dict[str, Any]) -> None:
     assert max(sizes) <= 2 * RANK
 
 
+@pytest.mark.parametrize(
+    "geometry", [{}, {"momentum": "tangent"}, {"retraction": "bug"}], ids=["default", "tangent", "bug"]
+)
+def test_all_products_are_in_full_precision(geometry: dict[str, Any]) -> None:
+    """By default accelerators round the factors of a product to 8 or 11 bits, and W with them."""
+    products = re.findall(r"stablehlo.dot_general.*", lowered(tree(1), **geometry))
+    assert products and all("precision = [HIGHEST, HIGHEST]" in product for product in products)
+
+
 @pytest.mark.parametrize("momentum", ["coefficient", "tangent"])
 def test_a_step_of_many_kernels_has_the_products_and_decompositions_of_one(momentum: str) -> None:
     def counts(kernels: int) -> dict[str, int]:

@@ -128,6 +128,7 @@ class Point(NamedTuple):
 Kernels = list[LowRank]  # one stacked kernel for each group of a Split
 
 
+@linalg.precise
 def canonicalize(method: Method, split: Split, point: Point, grads: Any) -> tuple[Point, Kernels, Kernels]:
     """Brings kernels, gradients and moments to the canonical gauge, where they usually are already.
 
