@@ -61,6 +61,7 @@ def balance(W: LowRank, c: Columns) -> tuple[jax.Array, jax.Array]:
     return W.U * c.root, W.V * jnp.where(c.known, c.root, 0.0)
 
 
+@linalg.precise
 def gradient(W: LowRank, grads: LowRank, c: Columns) -> LowRank:
     r"""The gradients with respect to A and B, from those of U, S and V.
 
@@ -93,17 +94,16 @@ class Rebalancing(NamedTuple):
 
     Attributes:
       kernel: the kernel, in the canonical gauge.
-      spectrum: its singular values.
       x: `(batch..., r, r)`, X with columns of norm 1.
       y: `(batch..., r, r)`, Y likewise.
     """
 
     kernel: LowRank
-    spectrum: jax.Array
     x: jax.Array
     y: jax.Array
 
 
+@linalg.precise
 def rebalance(a: jax.Array, b: jax.Array, active: jax.Array) -> Rebalancing:
     r"""Brings the pair to the canonical gauge, by two QR of its factors and an SVD of size r.
 
@@ -121,15 +121,15 @@ def rebalance(a: jax.Array, b: jax.Array, active: jax.Array) -> Rebalancing:
       b: B, `(batch..., n, r)`.
       active: `(batch..., r)` mask of the columns that are not padding; the others of A and B are zero.
     """
-    qa, ra = linalg.orthonormalize(a)
-    qb, rb = linalg.orthonormalize(b)
+    left, right = (linalg.extend(x[..., :0], x) for x in (a, b))
+    ra, rb = left.x, right.x
     p, sigma, q = linalg.svd(ra @ transpose(rb))
     sigma = jnp.where(active, sigma, 0.0)
     x, y = transpose(rb) @ q, transpose(ra) @ p
     # New columns point along the old ones: a small step is a small change of U, V and of the moments.
     sign = linalg.signs(jnp.diagonal(y, axis1=-2, axis2=-1))[..., None, :]
-    kernel = LowRank(qa @ (p * sign), linalg.diagonal(sigma), qb @ (q * sign))
-    return Rebalancing(kernel, sigma, _unit(x * sign, active), _unit(y * sign, active))
+    u, v = left.block @ (left.mix @ (p * sign)), right.block @ (right.mix @ (q * sign))
+    return Rebalancing(LowRank(u, linalg.diagonal(sigma), v), _unit(x * sign, active), _unit(y * sign, active))
 
 
 def _unit(x: jax.Array, active: jax.Array) -> jax.Array:
@@ -139,11 +139,13 @@ def _unit(x: jax.Array, active: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.sqrt(jnp.sum(x * x, axis=-2, keepdims=True)), 1.0)
 
 
+@linalg.precise
 def turn(m: LowRank, x: jax.Array, y: jax.Array) -> LowRank:
     """Moments of gradients for the pair A X, B Y: `G B Y = G_A Y` and `G^T A X = G_B X`."""
     return LowRank(m.U @ y, m.S, m.V @ x)
 
 
+@linalg.precise
 def turn_squared(m: LowRank, x: jax.Array, y: jax.Array) -> LowRank:
     """Second moments for the pair A X, B Y, as those of sums of independent columns: `v_A Y^2`, elementwise square.
 

@@ -108,6 +108,7 @@ def blocks() -> tuple[np.ndarray, dict[str, np.ndarray]]:
         "zero": 0 * x,
         "zero columns": x * some,
         "equal columns": x[:, 0 * some],
+        "equal entries": np.ones_like(x),
         "rank one": np.outer(x[:, 0], x[0]),
         "three rows": np.where(np.arange(ROWS)[:, None] < 3, x, 0.0),
         "inside the basis": U @ x[:WIDTH],
