@@ -120,9 +120,9 @@ METHODS: dict[str, Method] = {
     "factors_heavy_ball": Method("pair", _heavy_ball, 0.3),
     "naive": Method("low rank", _adamw, 3e-3),
     "naive_heavy_ball": Method("low rank", _heavy_ball, 0.3),
-    "lowrank_adam": Method("low rank", _lowrank_adam, 2.4e-2),
+    "lowrank_adam": Method("low rank", _lowrank_adam, 6e-3),
     "lowrank_heavy_ball": Method("low rank", _lowrank_heavy_ball, 0.3),
-    "lowrank_muon": Method("low rank", _lowrank_muon, 4e-2),
+    "lowrank_muon": Method("low rank", _lowrank_muon, 2e-2),
 }
 
 
