@@ -188,6 +188,13 @@ def extend(basis: jax.Array, x: jax.Array) -> Extension:
     return Extension(p.y, mix, upper[..., :r], coordinates)
 
 
+@precise
+def gram_qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`orthonormalize` by Gram matrices, see `extend`: Q `(..., m, k)` and R `(..., k, k)`, for k <= m."""
+    e = extend(x[..., :0], x)
+    return e.block @ e.mix, e.x
+
+
 def cholesky(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Upper triangular R with `x = R^T R`, and its inverse; NaN where `x` is not positive definite."""
 

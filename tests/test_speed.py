@@ -22,18 +22,20 @@ def tree(kernels: int) -> dict[str, Any]:
     return {f"layer_{i}": lro.lowrank_init(RANK)(key, (ROWS, COLUMNS), jnp.float32) for i, key in enumerate(keys)}
 
 
-def lowered(params: Any, **geometry: Any) -> str:
-    tx = lro.lowrank_adam(1e-2, **geometry)
+def lowered(params: Any, make: Any = lro.lowrank_adam, **geometry: Any) -> str:
+    tx = make(1e-2, **geometry)
     return jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
 
 
 @pytest.mark.parametrize(
-    "geometry", [{}, {"momentum": "tangent"}, {"rank": lro.tolerance(0.1)}], ids=["default", "tangent", "tolerance"]
+    "options",
+    [{}, {"momentum": "tangent"}, {"rank": lro.tolerance(0.1)}, {"make": lro.lowrank_muon, "momentum": "tangent"}],
+    ids=["default", "tangent", "tolerance", "muon"],
 )
-def test_nothing_with_m_rows_is_decomposed(geometry: dict[str, Any]) -> None:
+def test_nothing_with_m_rows_is_decomposed(options: dict[str, Any]) -> None:
     """Over sharded rows a decomposition would gather them, and on accelerators it is slow."""
-    calls = re.findall(r"lapack_\w+.*", lowered(tree(1), **geometry))
-    assert calls and any("gesdd" in call for call in calls) and any("potrf" in call for call in calls)
+    calls = re.findall(r"lapack_\w+.*", lowered(tree(1), **options))
+    assert any("gesdd" in call for call in calls) and any("potrf" in call for call in calls)
     sizes = {int(n) for call in calls for shape in re.findall(r"tensor<([\dx]+)xf32>", call) for n in shape.split("x")}
     assert max(sizes) <= 2 * RANK
 
