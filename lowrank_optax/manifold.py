@@ -126,20 +126,45 @@ def norm(xi: LowRank) -> jax.Array:
     return linalg.norm(parts[..., None, :])
 
 
+class Basis(NamedTuple):
+    """Orthonormal columns, kept as the product `[blocks...] @ mix`, so that a combination of them is one product.
+
+    Attributes:
+      blocks: arrays `(batch..., m, c)`.
+      mix: `(batch..., sum of c, p)`.
+    """
+
+    blocks: tuple[jax.Array, ...]
+    mix: jax.Array
+
+    def __matmul__(self, x: jax.Array) -> jax.Array:
+        """Combinations of the columns, `(batch..., m, p) @ (batch..., p, q)`."""
+        return self._replace(mix=linalg.product(self.mix, x)).array()
+
+    def array(self) -> jax.Array:
+        """The columns, `(batch..., m, p)`."""
+        start, total = 0, jnp.zeros((), self.mix.dtype)
+        for block in self.blocks:
+            stop = start + block.shape[-1]
+            total = total + linalg.product(block, self.mix[..., start:stop, :])
+            start = stop
+        return total
+
+
 class Frame(NamedTuple):
     """Bases that hold the old bases and the directions added to them.
 
     Attributes:
-      U: `(batch..., m, p)` orthonormal, p = min(m, 2r) or the width asked for.
-      V: `(batch..., n, q)` orthonormal.
+      U: basis of p = min(m, 2r) columns or the width asked for.
+      V: basis of q columns.
       left: `U_frame^T U_old`, `(batch..., p, r)`.
       right: `V_frame^T V_old`, `(batch..., q, r)`.
       left_new: `U_frame^T U_p`, `(batch..., p, r)`.
       right_new: `V_frame^T V_p`, `(batch..., q, r)`.
     """
 
-    U: jax.Array
-    V: jax.Array
+    U: Basis
+    V: Basis
     left: jax.Array
     right: jax.Array
     left_new: jax.Array
@@ -147,7 +172,7 @@ class Frame(NamedTuple):
 
 
 def augment(W: LowRank, xi: LowRank, rank: jax.Array, width: int) -> Frame:
-    """Orthonormal bases of the spans of [U, U_p] and [V, V_p], by one Householder QR each.
+    """Orthonormal bases of the spans of [U, U_p] and [V, V_p], those of their QR.
 
     Columns come in order: the k of the basis, as many new directions as fit, arbitrary orthonormal ones in the
     place of padding. The order matters to elementwise optimizers, which must not see padding mixed into U_p.
@@ -172,11 +197,28 @@ def augment(W: LowRank, xi: LowRank, rank: jax.Array, width: int) -> Frame:
     active = linalg.leading(rank, r)[..., None, :]
     fits = active & (k + j[..., :r] < width)[..., None, :]
 
-    def extend(basis: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def ordered(basis: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         columns = jnp.take_along_axis(jnp.concatenate([basis, new], axis=-1), source, axis=-1)
         q, x = linalg.orthonormalize(jnp.where((j < 2 * k)[..., None, :], columns, 0.0))
         left_new = jnp.take_along_axis(x, target, axis=-1)
         return q, jnp.where(active, x[..., :r], 0.0), jnp.where(fits, left_new, 0.0)
+
+    def extend(basis: jax.Array, new: jax.Array) -> tuple[Basis, jax.Array, jax.Array]:
+        if basis.shape[-2] < 2 * r:
+            q, left, left_new = ordered(basis, new)
+            eye = jnp.eye(q.shape[-1], dtype=q.dtype)
+            return Basis((q,), jnp.broadcast_to(eye, (*q.shape[:-2], *eye.shape))), left, left_new
+        e = linalg.extend(basis, new)
+
+        def padded() -> tuple[jax.Array, jax.Array, jax.Array]:
+            q, left, left_new = ordered(e.basis, e.x)
+            return linalg.product(e.mix, q), left, left_new
+
+        if width < 2 * r:
+            mix, left, left_new = padded()
+        else:
+            mix, left, left_new = jax.lax.cond(jnp.all(rank == r), lambda: (e.mix, e.basis, e.x), padded)
+        return Basis((basis, e.block), mix), left, left_new
 
     u, left, left_new = extend(W.U, xi.U)
     v, right, right_new = extend(W.V, xi.V)

@@ -79,6 +79,82 @@ def test_orthonormalize_does_not_differ_in_a_batch_or_under_jit() -> None:
             np.testing.assert_allclose(a, b, atol=1e-14)  # Rounding of seven operations on numbers of size 1.
 
 
+# --- the QR of [U, X] by Gram matrices ----------------------------------------------------------------------------
+
+ROWS, WIDTH = 16, 4
+
+
+def with_condition(condition: float) -> np.ndarray:
+    p, q = np.linalg.qr(random(ROWS, WIDTH, seed=2))[0], np.linalg.qr(random(WIDTH, WIDTH, seed=3))[0]
+    return p * np.geomspace(1, 1 / condition, WIDTH) @ q
+
+
+def blocks() -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """An orthonormal U, and matrices X to complete it with."""
+    U = np.linalg.qr(random(ROWS, WIDTH))[0]
+    x = random(ROWS, WIDTH, seed=1)
+    x -= U @ (U.T @ x)
+    some = np.arange(WIDTH) % 2
+    return U, {
+        "horizontal": x,
+        "not horizontal": random(ROWS, WIDTH, seed=1),
+        "graded": x * np.geomspace(1, 1e-12, WIDTH),
+        "huge": 1e25 * x,
+        "tiny": 1e-25 * x,
+        "condition 1e2": with_condition(1e2),
+        "condition 1e4": with_condition(1e4),
+        "condition 1e7": with_condition(1e7),
+        "condition 1e12": with_condition(1e12),
+        "zero": 0 * x,
+        "zero columns": x * some,
+        "equal columns": x[:, 0 * some],
+        "rank one": np.outer(x[:, 0], x[0]),
+        "three rows": np.where(np.arange(ROWS)[:, None] < 3, x, 0.0),
+        "inside the basis": U @ x[:WIDTH],
+        "nearly inside the basis": U @ x[:WIDTH] + 1e-9 * x,
+    }
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rows", [ROWS, 2 * WIDTH], ids=["tall", "square"])
+def test_extend_is_orthonormal_and_holds_u_and_x_whatever_the_rank(rows: int, dtype: Any) -> None:
+    U, cases = blocks()
+    if rows < ROWS:
+        U, cases = np.linalg.qr(U[:rows])[0], {name: x[:rows] for name, x in cases.items()}
+    u = np.stack([U] * len(cases)).astype(dtype)
+    x = np.stack(list(cases.values())).astype(dtype)
+    e = jax.jit(linalg.extend)(u, x)
+    assert all(y.dtype == dtype for y in e)
+    block, mix, basis_part, x_part = (np.asarray(y, np.float64) for y in e)
+    q = np.concatenate([u, block], axis=-1) @ mix
+    eps = float(jnp.finfo(dtype).eps)
+    # As for Householder QR a small multiple of the rounding of sums of 16 and 8 terms; here below 10 u each.
+    np.testing.assert_allclose(
+        T(q) @ q, np.broadcast_to(np.eye(2 * WIDTH), (len(x), 2 * WIDTH, 2 * WIDTH)), atol=20 * eps
+    )
+    np.testing.assert_allclose(q @ basis_part, u, atol=20 * eps)
+    size = np.abs(x).max(axis=-2, keepdims=True)
+    np.testing.assert_allclose((q @ x_part - x) / np.where(size > 0, size, 1), 0, atol=40 * eps)
+    # Exact zeros, on which the zero block of the coefficient matrices rests, and exact zeros of X.
+    np.testing.assert_array_equal(basis_part[:, WIDTH:], 0)
+    np.testing.assert_array_equal(basis_part, np.triu(basis_part))
+    np.testing.assert_array_equal(x_part[:, WIDTH:], np.triu(x_part[:, WIDTH:]))
+    np.testing.assert_array_equal(np.where(np.all(x == 0, axis=-2, keepdims=True), x_part, 0), 0)
+
+
+def test_extend_is_householder_qr_where_that_is_determined() -> None:
+    U, cases = blocks()
+    U = U * (1 + 1e-3 * random(1, WIDTH, seed=5))  # as far from orthonormal as rounding to bfloat16 leaves it
+    names = ["horizontal", "not horizontal", "graded", "huge", "condition 1e4"]
+    u, x = np.stack([U] * len(names)), np.stack([cases[name] for name in names])
+    block, mix, basis_part, x_part = (np.asarray(y) for y in jax.jit(linalg.extend)(u, x))
+    q, r = (np.asarray(y) for y in linalg.orthonormalize(jnp.asarray(np.concatenate([u, x], axis=-1))))
+    # Q and R depend on [U, X] with the condition of X, at most 1e4, times rounding, 2e-16, times a small constant.
+    np.testing.assert_allclose(np.concatenate([u, block], axis=-1) @ mix, q, atol=1e-10)
+    size = np.abs(r).max(axis=-2, keepdims=True)
+    np.testing.assert_allclose(np.concatenate([basis_part, x_part], axis=-1) / size, r / size, atol=1e-10)
+
+
 @pytest.mark.parametrize("shape", [(4, 4), (5, 3), (3, 5), (1, 4), (4, 1), (2, 5, 3), (2, 1, 3, 5)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_svd_returns_q_and_not_its_transpose(shape: tuple[int, ...], dtype: Any) -> None:

@@ -223,7 +223,7 @@ def coefficient_step(
         ys = [s + d for s, d in zip(S, split.kernels(steps), strict=True)]
         updates = split.ordinary(steps)
     else:
-        augmented = (LowRank(f.U, s, f.V) for f, s in zip(frames, S, strict=True))
+        augmented = (LowRank(f.U.array(), s, f.V.array()) for f, s in zip(frames, S, strict=True))
         now = Point(split.merge(augmented, ordinary), point.kernels, inner_state, point.finite)
         for _ in range(local_steps):
             moved = frozen_step(method, split, now, grad_fn(now.params), extra)
@@ -295,7 +295,7 @@ def augment_step(
     for W, g, k in zip(Ws, split.kernels(grads), ks, strict=True):
         xi = _project(W, g, k)
         frame = mf.augment(W, xi, k.rank, W.rank)
-        new.append(LowRank(frame.U, mf.congruence(W.S, frame.left, frame.right), frame.V))
+        new.append(LowRank(frame.U.array(), mf.congruence(W.S, frame.left, frame.right), frame.V.array()))
         states.append(k._replace(gradient_norm=mf.norm(xi)))
         changes.append(coefficient_change(frame.left, frame.right))
     inner_state, finite = method.carry(inner_state, split, changes)
@@ -327,7 +327,7 @@ def truncate_step(method: Method, split: Split, point: Point) -> Point:
     frames = []
     for W in Ws:
         eye = jnp.broadcast_to(jnp.eye(W.rank, dtype=W.S.dtype), W.S.shape)
-        frames.append(mf.Frame(W.U, W.V, eye, eye, eye, eye))
+        frames.append(mf.Frame(mf.Basis((W.U,), eye), mf.Basis((W.V,), eye), eye, eye, eye, eye))
     norms = [k.gradient_norm for k in ks]
     new, states, changes = _finish(method, Ws, frames, [W.S for W in Ws], ks, norms)
     inner_state, finite = method.carry(point.inner_state, split, changes)
