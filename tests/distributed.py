@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -28,13 +30,13 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
 }
 
 
-def params() -> Any:
-    """A residual network on one device: two stacked kernels, a third one, a bias."""
-    keys = jax.random.split(jax.random.key(0), 2)
-    return {
-        "blocks": {"kernel": lro.lowrank_init(RANK, axes=lro.Axes(1, 1))(keys[0], (LAYERS, WIDTH, WIDTH))},
-        "head": {"kernel": lro.lowrank_init(RANK)(keys[1], (WIDTH, OUTPUTS)), "bias": jnp.zeros(OUTPUTS)},
-    }
+@functools.cache
+def params(stacked: bool = False) -> Any:
+    """A residual network in host memory: two factored kernels, apart or stacked, a dense head."""
+    stack = lro.lowrank_init(RANK, axes=lro.Axes(1, 1))(jax.random.key(0), (LAYERS, WIDTH, WIDTH))
+    kernels = {"kernel": stack} if stacked else {str(i): {"kernel": stack[i]} for i in range(LAYERS)}
+    head = jax.nn.initializers.lecun_normal()(jax.random.key(1), (WIDTH, OUTPUTS))
+    return jax.device_get({"blocks": kernels, "head": {"kernel": head, "bias": jnp.zeros(OUTPUTS)}})
 
 
 def data() -> tuple[np.ndarray, np.ndarray]:
@@ -45,11 +47,10 @@ def data() -> tuple[np.ndarray, np.ndarray]:
 
 
 def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    h = x
+    h, blocks = x, params["blocks"]
     for i in range(LAYERS):
-        h = h + jnp.tanh(h @ params["blocks"]["kernel"][i])
-    error = h @ params["head"]["kernel"] + params["head"]["bias"] - y
-    return jnp.mean(error**2)
+        h = h + jnp.tanh(h @ (blocks["kernel"][i] if "kernel" in blocks else blocks[str(i)]["kernel"]))
+    return jnp.mean((h @ params["head"]["kernel"] + params["head"]["bias"] - y) ** 2)
 
 
 def step(tx: Any, params: Any, state: Any, x: jax.Array, y: jax.Array) -> tuple[Any, Any, jax.Array]:
@@ -64,32 +65,32 @@ class Layout:
 
     Attributes:
       axes: sizes of the mesh axes.
-      batch: mesh axes of the batch.
-      blocks: dense spec of the stacked kernels.
-      head: dense spec of the head; its bias follows the tensor axis.
+      batch: mesh axis of the batch.
+      kernel: dense spec of a factored kernel.
+      stage: mesh axis of stacked kernels, None if they are apart.
     """
 
     axes: dict[str, int]
-    batch: Any
-    blocks: P
-    head: P
+    batch: str
+    kernel: P
+    stage: str | None = None
 
     def rule(self, path: str, shape: tuple[int, ...]) -> P:
-        if path == "head/bias":
-            return P(*(axis for axis in self.head[1:] if axis == "tensor"))
-        return self.blocks if path.startswith("blocks") else self.head
+        if not path.startswith("blocks"):
+            return P()
+        return P(self.stage, *self.kernel) if self.stage else self.kernel
 
     def mesh(self, mode: AxisType) -> jax.sharding.Mesh:
         return jax.make_mesh(tuple(self.axes.values()), tuple(self.axes), axis_types=(mode,) * len(self.axes))
 
 
 LAYOUTS = {
-    "data": Layout({"data": 8}, "data", P(), P()),
+    "data": Layout({"data": 8}, "data", P()),
     # A rule may name an axis twice: U and V are two arrays.
-    "fsdp": Layout({"fsdp": 8}, "fsdp", P(None, "fsdp", "fsdp"), P("fsdp", "fsdp")),
-    "tensor": Layout({"data": 2, "tensor": 4}, "data", P(None, None, "tensor"), P("tensor", None)),
-    "fsdp-tensor": Layout({"fsdp": 4, "tensor": 2}, "fsdp", P(None, "fsdp", "tensor"), P("tensor", "fsdp")),
-    "layers": Layout({"stage": 2, "data": 4}, "data", P("stage"), P()),
+    "fsdp": Layout({"fsdp": 8}, "fsdp", P("fsdp", "fsdp")),
+    "tensor": Layout({"data": 2, "tensor": 4}, "data", P(None, "tensor")),
+    "fsdp-tensor": Layout({"fsdp": 4, "tensor": 2}, "fsdp", P("fsdp", "tensor")),
+    "layers": Layout({"stage": 2, "data": 4}, "data", P(None, "data"), stage="stage"),
 }
 
 
@@ -99,9 +100,21 @@ def shardings(mesh: jax.sharding.Mesh, specs: Any) -> Any:
 
 def placed(layout: Layout, mesh: jax.sharding.Mesh, tx: Any) -> tuple[Any, Any, Any]:
     """Parameters, optimizer state and data on the mesh."""
-    start = params()
+    start = params(stacked=layout.stage is not None)
+    state = jax.device_get(tx.init(start))
     specs = lro.partition_specs(start, layout.rule)
-    abstract = jax.eval_shape(tx.init, start)
-    start = jax.device_put(start, shardings(mesh, specs))
-    state = jax.jit(tx.init, out_shardings=shardings(mesh, lro.state_specs(abstract, start, specs)))(start)
-    return start, state, jax.device_put(data(), NamedSharding(mesh, P(layout.batch)))
+    placed_state = jax.device_put(state, shardings(mesh, lro.state_specs(state, start, specs)))
+    placed_data = jax.device_put(data(), NamedSharding(mesh, P(layout.batch)))
+    return jax.device_put(start, shardings(mesh, specs)), placed_state, placed_data
+
+
+def environment(devices: int) -> dict[str, str]:
+    """Environment of a process with so many virtual CPU devices, quick to compile."""
+    flags = ["--xla_backend_optimization_level=0", f"--xla_force_host_platform_device_count={devices}"]
+    if jax.__version_info__ < (0, 12):
+        flags.append(
+            "--xla_cpu_use_fusion_emitters=false"
+        )  # A third of the compile time; later versions have no such flag.
+    # A virtual device waits for the others on a thread of the pool that also computes: there must be more threads than
+    # waiting collectives, however few cores there are.
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), "NPROC": "32"}
