@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import os
 import re
 from typing import Any
 
@@ -96,3 +97,69 @@ def summary(found: list[Collective]) -> str:
     for c in found:
         kinds[c.kind].append(c)
     return ", ".join(f"{len(cs)} {kind} of {sum(c.bytes for c in cs):,} bytes" for kind, cs in kinds.items()) or "none"
+
+
+def measure(tx: Any, m: int, n: int, r: int, mesh: Any, spec: Any, batch: Any = None) -> list[Collective]:
+    """The collectives of one update of an m x n kernel of rank r, or with `batch` (rows, spec) of a training step."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    import lowrank_optax as lro
+
+    params = {"kernel": jax.eval_shape(lambda key: lro.lowrank_init(r)(key, (m, n)), jax.random.key(0))}
+    specs = lro.partition_specs(params, {"kernel": spec})
+    state = jax.eval_shape(tx.init, params)
+
+    def placed(shapes: Any, specs: Any) -> Any:
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s)), shapes, specs
+        )
+
+    params, state = placed(params, specs), placed(state, lro.state_specs(state, params, specs))
+
+    def step(params: Any, state: Any, x: Any) -> Any:
+        grads = params if batch is None else jax.grad(lambda p: jnp.mean((x @ p["kernel"]) ** 2))(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    rows, rows_spec = batch or (1, PartitionSpec())
+    x = placed(jax.ShapeDtypeStruct((rows, m), jnp.float32), PartitionSpec(rows_spec) if batch else rows_spec)
+    out = jax.tree.map(lambda x: x.sharding, (params, state))
+    return collectives(jax.jit(step, out_shardings=out).lower(params, state, x).compile())
+
+
+def main() -> None:
+    import jax
+    from jax.sharding import AxisType
+    from jax.sharding import PartitionSpec as P
+
+    import lowrank_optax as lro
+
+    devices = jax.device_count()
+    print(f"{devices} devices ({jax.devices()[0].device_kind}), jax {jax.__version__}, float32")
+    optimizers = {
+        "adam": lro.lowrank_adam(1e-3),
+        "adam, tangent": lro.lowrank_adam(1e-3, momentum="tangent"),
+        "muon": lro.lowrank_muon(1e-3),
+        "muon, tangent": lro.lowrank_muon(1e-3, momentum="tangent"),
+    }
+    mesh = jax.make_mesh((devices // 2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    layouts = {
+        "replicated": (P(), "fsdp"),
+        "FSDP": (P("fsdp", "fsdp"), "fsdp"),
+        "FSDP x tensor": (P("fsdp", "tensor"), "fsdp"),
+    }
+    for m, n, r in ((1024, 768, 16), (2048, 768, 16), (1024, 768, 32)):
+        print(f"\nkernel {m} x {n}, rank {r}: dense {4 * m * n:,} bytes, factors {4 * r * (m + n + r):,}")
+        for name, tx in optimizers.items():
+            print(f"  update, {name}: {summary(measure(tx, m, n, r, mesh, P('fsdp', 'tensor')))}")
+        for name, (spec, batch) in layouts.items():
+            found = measure(optimizers["adam"], m, n, r, mesh, spec, (256, batch))
+            print(f"  training step, {name}, adam: {summary(found)}")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    main()

@@ -117,4 +117,4 @@ def environment(devices: int) -> dict[str, str]:
         )  # A third of the compile time; later versions have no such flag.
     # A virtual device waits for the others on a thread of the pool that also computes: there must be more threads than
     # waiting collectives, however few cores there are.
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), "NPROC": "32"}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), "NPROC": str(4 * devices)}
