@@ -46,7 +46,7 @@ def kernel(inputs: tuple[int, ...], outputs: tuple[int, ...], batch: tuple[int, 
     ids=["two", "twice", "rows", "product", "none", "stacked", "stacked-columns", "attention", "convolution"],
 )
 def test_specs_of_a_kernel(W, dense, expected):
-    """Rows of U lie as the inputs of W, rows of V as its outputs, stacked kernels as they are; the rank axis nowhere."""
+    """Rows of U lie as the inputs of W, rows of V as its outputs, stacked kernels as they are."""
     specs = lro.partition_specs({"kernel": W, "bias": W.S}, {"kernel": dense, "bias": P("x")})
     assert specs == {"kernel": lro.LowRank(*expected), "bias": P("x")}
 
