@@ -15,6 +15,7 @@ from lowrank_optax.optimizers import (
 )
 from lowrank_optax.rank import RankPolicy, Spectrum, budget, tolerance
 from lowrank_optax.resize import incremental_update, resize
+from lowrank_optax.sharding import partition_specs, state_specs
 from lowrank_optax.transforms import (
     FixedRankState,
     KernelState,
@@ -53,10 +54,12 @@ __all__ = [
     "nnx",
     "orthogonalize",
     "orthonormalize",
+    "partition_specs",
     "project_to_tangent",
     "ranks",
     "resize",
     "retract",
+    "state_specs",
     "tangent_norm",
     "tolerance",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 
 @jax.tree_util.register_dataclass
@@ -215,7 +216,33 @@ def dot_general(
             f"a LowRank kernel of shape {rhs.shape} is contracted over its input axes {expected} with "
             f"batch axes {tuple(range(nbatch))}, got axes {tuple(rhs_axes)} and {tuple(rhs_batch)}"
         )
-    z = jax.lax.dot_general(lhs, rhs.U, ((lhs_axes, expected), (lhs_batch, rhs_batch)), **last)
+    z = contract(lhs, rhs.U, ((lhs_axes, expected), (lhs_batch, rhs_batch)), **last)
     batch = (tuple(range(nbatch)), tuple(range(nbatch)))
-    z = jax.lax.dot_general(z, rhs.S, (((z.ndim - 1,), (nbatch,)), batch), **last)
-    return jax.lax.dot_general(z, rhs.V, (((z.ndim - 1,), (rhs.V.ndim - 1,)), batch), **last, **kwargs)
+    z = contract(z, rhs.S, (((z.ndim - 1,), (nbatch,)), batch), **last)
+    return contract(z, rhs.V, (((z.ndim - 1,), (rhs.V.ndim - 1,)), batch), **last, **kwargs)
+
+
+def contract(x: jax.Array, factor: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
+    """`jax.lax.dot_general` of an activation and a factor, which on an explicit mesh says how the result lies.
+
+    Where a sharded axis is summed over, the sum is taken and not left to be told by the user. Where rows of the factor
+    lie along a mesh axis that splits the activation already (fully sharded data parallelism), the activation keeps it
+    and the factor is gathered.
+    """
+    if jax.typeof(factor).sharding.mesh.explicit_axes and options.get("out_sharding") is None:
+        options["out_sharding"] = _result_spec(x, factor, dimension_numbers)
+    return jax.lax.dot_general(x, factor, dimension_numbers, **options)
+
+
+def _result_spec(x: Any, factor: Any, dimension_numbers: Any) -> PartitionSpec:
+    (x_axes, factor_axes), (x_batch, factor_batch) = dimension_numbers
+    of_x, of_factor = jax.typeof(x).sharding.spec, jax.typeof(factor).sharding.spec
+    entries = [of_x[i] for i in x_batch]
+    entries += [of_x[i] for i in range(x.ndim) if i not in (*x_axes, *x_batch)]
+    entries += [of_factor[i] for i in range(factor.ndim) if i not in (*factor_axes, *factor_batch)]
+    used: set[str] = set()
+    for i, entry in enumerate(entries):
+        names = set(entry) if isinstance(entry, tuple) else {entry} - {None}
+        entries[i] = None if names & used else entry
+        used |= names
+    return PartitionSpec(*entries)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import linalg
+from lowrank_optax.explicit import Placement
 from lowrank_optax.lowrank import LowRank, flatten, is_lowrank, unflatten
 from lowrank_optax.rank import RankPolicy
 from lowrank_optax.transforms import fixed_rank
@@ -350,7 +351,7 @@ def orthogonalize(ns_steps: int = 5) -> optax.GradientTransformationExtraArgs:
         if not is_lowrank(x):
             return scale * linalg.newton_schulz(x, ns_steps)
         polar = _polar_of_pair if momentum == "balanced" else _polar
-        return unflatten(polar(flatten(x), ns_steps, scale), x)
+        return Placement(x).auto(lambda x: unflatten(polar(flatten(x), ns_steps, scale), x), x)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del params

@@ -11,6 +11,7 @@ import optax
 
 from lowrank_optax import linalg
 from lowrank_optax import manifold as mf
+from lowrank_optax.explicit import Placement
 from lowrank_optax.factorize import Rank, path_name, rank_number
 from lowrank_optax.linalg import transpose
 from lowrank_optax.lowrank import LowRank, cast_like, flatten, is_lowrank, unflatten
@@ -183,6 +184,9 @@ def incremental_update(new: Any, old: Any, step_size: float | jax.Array) -> Any:
     def one(a: Any, b: Any) -> Any:
         if not is_lowrank(a):
             return optax.incremental_update(a, b, step_size)
+        return Placement(a).auto(mean, a, b, step_size)
+
+    def mean(a: LowRank, b: LowRank, step_size: Any) -> LowRank:
         dtype = linalg.working_dtype(a.U, a.S, a.V)
         x, y = flatten(a.astype(dtype)), flatten(b.astype(dtype))
         u, ru = linalg.orthonormalize(jnp.concatenate([x.U, y.U], axis=-1))
@@ -192,7 +196,7 @@ def incremental_update(new: Any, old: Any, step_size: float | jax.Array) -> Any:
         s = s + (1 - step_size) * mf.congruence(y.S, ru[..., r:], rv[..., r:])
         p, sigma, q = linalg.svd(s.astype(dtype))
         sigma = jnp.where(linalg.leading(mf.rank(x), r), sigma[..., :r], 0.0)
-        mean = LowRank(u @ p[..., :r], linalg.diagonal(sigma), v @ q[..., :r])
-        return cast_like(unflatten(mean, a), a)
+        middle = LowRank(u @ p[..., :r], linalg.diagonal(sigma), v @ q[..., :r])
+        return cast_like(unflatten(middle, a), a)
 
     return jax.tree.map(one, new, old, is_leaf=is_lowrank)

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 
 from lowrank_optax.factorize import Axes
-from lowrank_optax.lowrank import LowRank
+from lowrank_optax.lowrank import LowRank, contract
 
 # Keyed by the forward function rather than by the class: a subclass that wraps `super().__call__` (and
 # every class that nn.remat, nn.scan or nn.vmap makes) still reaches this one function.
@@ -62,8 +62,7 @@ def forward(layer: Any, kernel: LowRank, bias: Any, *args: Any, **kwargs: Any) -
     nbatch = len(kernel.batch_shape)
     batch = (tuple(range(nbatch)),) * 2
     for factor, axis in ((S, nbatch), (V, V.ndim - 1)):
-        contract = ((y.ndim - 1,), (axis,))
-        y = jax.lax.dot_general(y, factor, (contract, batch), precision=layer.precision)
+        y = contract(y, factor, (((y.ndim - 1,), (axis,)), batch), precision=layer.precision)
     if bias is None:
         return y
     free = (1,) * (y.ndim - nbatch - len(kernel.out_shape))

@@ -10,6 +10,7 @@ import optax
 
 from lowrank_optax import linalg
 from lowrank_optax import manifold as mf
+from lowrank_optax.explicit import Placement
 from lowrank_optax.linalg import transpose
 from lowrank_optax.lowrank import LowRank, cast_like, flatten, is_lowrank, unflatten
 from lowrank_optax.transforms.checks import check_gradients
@@ -68,8 +69,7 @@ def project_to_tangent() -> optax.GradientTransformationExtraArgs:
         def one(W: Any, g: Any) -> Any:
             if not is_lowrank(W):
                 return g
-            xi = tangent_gradient(W, g)
-            return cast_like(xi, W)
+            return Placement(W).auto(lambda W, g: cast_like(tangent_gradient(W, g), W), W, g)
 
         return jax.tree.map(one, params, grads, is_leaf=is_lowrank), state
 
@@ -102,8 +102,9 @@ def retract(method: Literal["svd", "bug"] = "svd") -> optax.GradientTransformati
         raise ValueError(f"method must be 'svd' or 'bug', got {method!r}")
 
     def one(W: Any, xi: Any) -> Any:
-        if not is_lowrank(W):
-            return xi
+        return Placement(W).auto(move, W, xi) if is_lowrank(W) else xi
+
+    def move(W: LowRank, xi: LowRank) -> LowRank:
         C, p, q, active = _canonical(W)
         x = mf.rotate_tangent(flatten(xi.astype(C.U.dtype)), p, q)
         x = mf.make_horizontal(C, x, active)
@@ -152,7 +153,8 @@ def tangent_norm(params: Any, grads: Any) -> jax.Array:
 
     def norm(W: Any, g: Any) -> jax.Array:
         if is_lowrank(W):
-            return linalg.norm(mf.norm(flatten(tangent_gradient(W, g))).reshape(1, -1))
+            of_kernel = lambda W, g: linalg.norm(mf.norm(flatten(tangent_gradient(W, g))).reshape(1, -1))  # noqa: E731
+            return Placement(W).auto(of_kernel, W, g)
         return linalg.norm(g.astype(linalg.working_dtype(g)).reshape(1, -1))
 
     norms = jax.tree.leaves(jax.tree.map(norm, params, grads, is_leaf=is_lowrank))

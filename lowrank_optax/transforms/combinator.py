@@ -12,6 +12,7 @@ import optax
 from lowrank_optax import linalg
 from lowrank_optax import manifold as mf
 from lowrank_optax import rank as rank_lib
+from lowrank_optax.explicit import Placement
 from lowrank_optax.lowrank import LowRank, cast_like, flatten, unflatten
 from lowrank_optax.transforms import steps as st
 from lowrank_optax.transforms.carry import SECOND_MOMENTS, check_carries
@@ -169,16 +170,19 @@ def fixed_rank(
         )
     policy = rank_lib.keep() if rank is None else rank
     galerkin = gradient == "galerkin"
-    step = {"balanced": st.balanced_step, "tangent": st.tangent_step, "coefficient": st.coefficient_step}[momentum]
+    kernel_step = {"balanced": st.balanced_step, "tangent": st.tangent_step, "coefficient": st.coefficient_step}[
+        momentum
+    ]
 
-    def method_for(params: Any) -> st.Method:
+    def method_for(params: Any, place: Placement) -> st.Method:
         tx, kernel_tx = inner, None
         if ordinary is not None:
             labels = jax.tree.map(lambda x: "kernel" if is_kernel(x) else "ordinary", params, is_leaf=is_kernel)
             tx = optax.partition({"kernel": inner, "ordinary": ordinary}, labels)
             kernel_tx = optax.masked(inner, jax.tree.map(lambda label: label == "kernel", labels))
+        tx = optax.with_extra_args_support(tx)
         return st.Method(
-            inner=optax.with_extra_args_support(tx),
+            inner=optax.GradientTransformationExtraArgs(place.explicit(tx.init), place.explicit(tx.update)),
             kernel_inner=kernel_tx,
             policy=policy,
             retraction=retraction,
@@ -191,7 +195,11 @@ def fixed_rank(
         params = _values(params)
         check_kernels(params, galerkin)
         params = jax.tree.map(_array, params)
-        method, split = method_for(params), Split(params)
+        place = Placement(params)
+        method, split = method_for(params, place), Split(params)
+        return place.auto(functools.partial(start, method, split), params)
+
+    def start(method: st.Method, split: Split, params: Any) -> FixedRankState:
         work = _working(params, params)
         views = split.merge(map(method.view, split.kernels(work)), split.ordinary(params))
         inner_state = method.inner.init(views)
@@ -218,9 +226,16 @@ def fixed_rank(
         **extra_args: Any,
     ) -> tuple[Any, FixedRankState]:
         check_gradients(updates, params)
-        method, split = method_for(params), Split(params)
-        _check_state(method, split, state, params)
+        place = Placement(params)
+        method, split = method_for(params, place), Split(params)
         extra = {**extra_args, "kernels": params, "momentum": momentum}
+        step = functools.partial(move, method, split, place.explicit(grad_fn) if grad_fn else None, extra)
+        return place.auto(step, updates, state, params, like=(params, state))
+
+    def move(
+        method: st.Method, split: Split, grad_fn: Any, extra: dict[str, Any], updates: Any, state: Any, params: Any
+    ) -> tuple[Any, FixedRankState]:
+        _check_state(method, split, state, params)
         finite = linalg.all_finite(split.ordinary(updates))
         if not split:
             moved_updates, inner_state = method.inner.update(updates, state.inner_state, params, **extra)
@@ -238,7 +253,7 @@ def fixed_rank(
                     at = functools.partial(_gradients_at, grad_fn, params, split)
                     moved = st.coefficient_step(method, split, point, grads, extra, at, local_steps)
                 else:
-                    moved = step(method, split, point, grads, extra)
+                    moved = kernel_step(method, split, point, grads, extra)
                 phase = state.phase
         differences = _differences(params, moved.params)
         new = (differences, FixedRankState(moved.inner_state, moved.kernels, phase, state.notfinite_count))

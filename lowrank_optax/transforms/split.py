@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax import linalg
+from lowrank_optax import explicit, linalg
 from lowrank_optax.lowrank import LowRank, is_lowrank
 
 
@@ -96,9 +96,9 @@ class Split:
 
 
 def _key(W: LowRank) -> Any:
-    """What flattened kernels must share to be stacked."""
+    """What flattened kernels must share to be stacked; on an explicit mesh also the sharding of their rows."""
     dtype = linalg.working_dtype(W.U, W.S, W.V)
-    return math.prod(W.in_shape), math.prod(W.out_shape), W.S.shape, dtype
+    return math.prod(W.in_shape), math.prod(W.out_shape), W.S.shape, dtype, *map(explicit.spec, (W.U, W.S, W.V))
 
 
 def is_kernel(x: Any) -> bool:

@@ -1,0 +1,170 @@
+r"""Partition specs: how factored parameters and their optimizer state lie on a mesh, from specs of dense kernels.
+
+A kernel :math:`W = U S V^\top` has the axes of the dense W in two arrays. Rows of U lie as the input axes of W, rows
+of V as its output axes; S and the rank axis are replicated, because every row needs all of S. Axes in front, which
+index stacked layers, stay in front of all three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from lowrank_optax.factorize import path_name
+from lowrank_optax.lowrank import LowRank, is_lowrank
+
+Rule = Callable[[str, tuple[int, ...]], PartitionSpec | None]
+
+
+def partition_specs(params: Any, dense: Rule | Any) -> Any:
+    r"""Specs of parameters with `LowRank` nodes, from specs of the dense model.
+
+    .. math:: W: (b, i, o) \quad\mapsto\quad U: (b, i, \cdot), \quad S: (b, \cdot, \cdot), \quad V: (b, o, \cdot)
+
+    with b, i, o the mesh axes of the batch, input and output axes of W, and a dot for a replicated axis. The two
+    factors are two arrays, so a mesh axis may shard both: `P("fsdp", "fsdp")`, which no dense kernel can have, splits
+    all of a kernel's rows over the axis `fsdp`.
+
+    Args:
+      params: a tree with `LowRank` nodes of arrays or shapes (`jax.eval_shape`).
+      dense: the specs of the dense model: a callable of path (`"block/dense/kernel"`) and dense shape, or a tree with
+        one spec in the place of each parameter, kernels included, as `flax.linen.get_partition_spec` returns it.
+        None means replicated; a spec may be shorter than the shape.
+
+    Returns:
+      The tree of `params` with a `PartitionSpec` in the place of each array. Shardings are
+      `jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)`.
+
+    Raises:
+      ValueError: for a spec with more axes than its parameter, or a tree of another structure.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> from jax.sharding import PartitionSpec as P
+      >>> params = {"up": {"kernel": lro.factorize(jnp.ones((8, 6)), 2), "bias": jnp.zeros(6)}}
+      >>> specs = lro.partition_specs(params, lambda path, shape: P("fsdp", "tensor") if len(shape) == 2 else P())
+      >>> specs["up"]["kernel"]
+      LowRank(U=P('fsdp',), S=P(), V=P('tensor',))
+    """
+    paths, nodes, treedef = _flatten(params)
+    names = [path_name(path) for path in paths]
+    if callable(dense):
+        given = [dense(name, tuple(jnp.shape(x))) for name, x in zip(names, nodes, strict=True)]
+    else:
+        try:
+            given = treedef.flatten_up_to(dense)
+        except ValueError as error:
+            raise ValueError(
+                "the tree of specs needs the structure of the parameters, with one PartitionSpec for each kernel, "
+                f"or pass a callable of path and shape. Cause: {error}"
+            ) from error
+    specs = [_spec(name, x, spec) for name, x, spec in zip(names, nodes, given, strict=True)]
+    return treedef.unflatten(specs)
+
+
+def state_specs(state: Any, params: Any, specs: Any) -> Any:
+    """Specs of an optimizer state, or of a whole train state, from the specs of the parameters.
+
+    What mirrors a parameter lies as the parameter: moments of ordinary leaves, tangent moments and accumulated
+    gradients of kernels. Coefficients, which are r x r, lie as S. Counters and diagnostics are replicated. A mirror is
+    found by its path, which ends in the path of the parameter, and by its shape.
+
+    Args:
+      state: a state of any Optax transformation, a Flax `TrainState`, or `nnx.state(optimizer)`, with arrays or shapes
+        (`jax.eval_shape`).
+      params: the parameters, or their shapes.
+      specs: their specs, see `partition_specs`.
+
+    Returns:
+      The tree of `state` with a `PartitionSpec` in the place of each array: `jax.jit(tx.init, out_shardings=...)` takes
+      the shardings made of it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> from jax.sharding import PartitionSpec as P
+      >>> params = {"kernel": lro.factorize(jnp.ones((8, 6)), 2)}
+      >>> specs = lro.partition_specs(params, {"kernel": P("fsdp", "tensor")})
+      >>> tx = lro.lowrank_adam(1e-3, momentum="tangent")
+      >>> lro.state_specs(jax.eval_shape(tx.init, params), params, specs).inner_state[0].mu["kernel"].V
+      P('tensor',)
+    """
+    paths, nodes, treedef = _flatten(params)
+    leaves = zip(nodes, treedef.flatten_up_to(specs), strict=True)
+    owners = {_key(path): leaf for path, leaf in zip(paths, leaves, strict=True)}
+
+    def owner(key: tuple[str, ...]) -> Any:
+        """The parameter whose path is the longest end of `key`."""
+        return next((owners[key[i:]] for i in range(len(key) + 1) if key[i:] in owners), (None, None))
+
+    def one(path: Any, x: Any) -> Any:
+        key = _key(path)
+        p, spec = owner(key)
+        if is_lowrank(p):
+            return _kernel_mirror(x, p, spec)
+        if p is not None and jnp.shape(x) == jnp.shape(p):
+            return spec
+        p, spec = owner(key[:-1])  # A field of what is kept of each kernel: its rank, say.
+        return spec.S if is_lowrank(p) and jnp.shape(x) == p.batch_shape else PartitionSpec()
+
+    return jax.tree_util.tree_map_with_path(one, state, is_leaf=is_lowrank)
+
+
+def _flatten(params: Any) -> tuple[list[Any], list[Any], Any]:
+    """Paths and values of kernels and ordinary leaves, and the structure that holds them."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_lowrank)
+    return [path for path, _ in leaves], [x for _, x in leaves], treedef
+
+
+def _key(path: Any) -> tuple[str, ...]:
+    return tuple(path_name(path).split("/")) if path else ()
+
+
+def _spec(name: str, x: Any, dense: Any) -> Any:
+    dense = PartitionSpec() if dense is None else dense
+    if not isinstance(dense, PartitionSpec):
+        raise ValueError(f"the spec of {name!r} must be a PartitionSpec or None, got {dense!r}")
+    if len(dense) > jnp.ndim(x):
+        raise ValueError(f"the spec {dense} of {name!r} has more axes than its dense shape {tuple(jnp.shape(x))}")
+    if not is_lowrank(x):
+        return dense
+    axes = (*dense, *(None,) * (x.ndim - len(dense)))
+    b, i = len(x.batch_shape), len(x.batch_shape) + len(x.in_shape)
+    return LowRank(_short(axes[:i]), _short(axes[:b]), _short(axes[:b] + axes[i:]))
+
+
+def _short(axes: tuple[Any, ...]) -> PartitionSpec:
+    """The spec without replicated axes at its end, which is how XLA spells the shardings of outputs."""
+    while axes and axes[-1] is None:
+        axes = axes[:-1]
+    return PartitionSpec(*axes)
+
+
+def _kernel_mirror(x: Any, W: LowRank, spec: LowRank) -> Any:
+    """The spec of a triple or of coefficients that the state keeps of the kernel W."""
+    if is_lowrank(x):
+        factors = zip((x.U, x.S, x.V), (W.U, W.S, W.V), (spec.U, spec.S, spec.V), strict=True)
+        return LowRank(*(_factor_mirror(y, factor, s, len(W.batch_shape)) for y, factor, s in factors))
+    return spec.S if jnp.ndim(x) == jnp.ndim(W.S) else PartitionSpec()
+
+
+def _factor_mirror(y: Any, factor: Any, spec: PartitionSpec, batch: int) -> PartitionSpec:
+    if jnp.shape(y) == jnp.shape(factor):
+        return spec
+    if jnp.ndim(y) != batch + 2:
+        return PartitionSpec()
+    # Tangent moments have their rows in one axis. If it is made of several and another than the first is sharded, its
+    # rows lie on as many devices, but in another order.
+    axes = (*spec, *(None,) * batch)
+    return _short((*axes[:batch], _merged(tuple(spec)[batch:])))
+
+
+def _merged(entries: tuple[Any, ...]) -> Any:
+    """One entry for the product of several axes."""
+    names = [
+        name for entry in entries if entry is not None for name in (entry if isinstance(entry, tuple) else (entry,))
+    ]
+    return tuple(names) if len(names) > 1 else (names[0] if names else None)

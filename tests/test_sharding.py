@@ -1,0 +1,142 @@
+"""Partition specs, and the tests of `tests/eight_devices.py` in a process with eight devices."""
+
+import pathlib
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import lowrank_optax as lro
+from tests import distributed as d
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_on_eight_devices():
+    """In a process of its own: the number of devices is fixed when JAX starts."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/eight_devices.py"]
+    run = subprocess.run(command, cwd=ROOT, env=d.environment(8), text=True, capture_output=True, timeout=540)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+
+
+def kernel(inputs: tuple[int, ...], outputs: tuple[int, ...], batch: tuple[int, ...] = (), r: int = 2) -> lro.LowRank:
+    shapes = ((*batch, *inputs, r), (*batch, r, r), (*batch, *outputs, r))
+    return lro.LowRank(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+
+
+@pytest.mark.parametrize(
+    ("W", "dense", "expected"),
+    [
+        (kernel((8,), (6,)), P("x", "y"), (P("x"), P(), P("y"))),
+        (kernel((8,), (6,)), P("x", "x"), (P("x"), P(), P("x"))),
+        (kernel((8,), (6,)), P("x"), (P("x"), P(), P())),
+        (kernel((8,), (6,)), P(("x", "y")), (P(("x", "y")), P(), P())),
+        (kernel((8,), (6,)), None, (P(), P(), P())),
+        (kernel((8,), (6,), (4,)), P("z", "x", "y"), (P("z", "x"), P("z"), P("z", "y"))),
+        (kernel((8,), (6,), (4,)), P(None, None, "y"), (P(), P(), P(None, "y"))),
+        (kernel((8,), (4, 2)), P("x", "y", None), (P("x"), P(), P("y"))),
+        (kernel((3, 3, 8), (6,)), P(None, None, "x", "y"), (P(None, None, "x"), P(), P("y"))),
+    ],
+    ids=["two", "twice", "rows", "product", "none", "stacked", "stacked-columns", "attention", "convolution"],
+)
+def test_specs_of_a_kernel(W, dense, expected):
+    """Rows of U lie as the inputs of W, rows of V as its outputs, stacked kernels as they are."""
+    specs = lro.partition_specs({"kernel": W, "bias": W.S}, {"kernel": dense, "bias": P("x")})
+    assert specs == {"kernel": lro.LowRank(*expected), "bias": P("x")}
+
+
+def test_rules_see_paths_and_dense_shapes():
+    seen = []
+
+    def rule(path, shape):
+        seen.append((path, shape))
+
+    params = {"dense": {"kernel": kernel((8,), (3, 2), (4,)), "bias": jnp.zeros(3)}}
+    lro.partition_specs(params, rule)
+    assert seen == [("dense/bias", (3,)), ("dense/kernel", (4, 8, 3, 2))]
+
+
+def test_specs_of_a_linen_model_are_those_of_the_dense_model():
+    """`nn.get_partition_spec` of the dense model is a tree of dense specs."""
+    model = nn.Dense(6, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), ("x", "y")))
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 8)))["params"]
+    params = jax.eval_shape(lambda p: lro.factorize(nn.unbox(p), 2), boxed)
+    specs = lro.partition_specs(params, nn.get_partition_spec(boxed))
+    assert specs == {"kernel": lro.LowRank(P("x"), P(), P("y")), "bias": P()}
+
+
+STACKED = {
+    "layers": {"kernel": kernel((8,), (4, 2), (4,))},
+    "head": {"kernel": kernel((8,), (6,)), "bias": kernel((6,), (6,)).S},
+}
+SPECS = {"layers": {"kernel": P("z", "x", "y")}, "head": {"kernel": P("x", "y"), "bias": P("y")}}
+
+STATES = {
+    "coefficient": (lambda: lro.lowrank_adam(1e-3), P("z"), P()),
+    "tangent": (
+        lambda: lro.lowrank_adam(1e-3, momentum="tangent"),
+        lro.LowRank(P("z", "x"), P("z"), P("z", "y")),
+        lro.LowRank(P("x"), P(), P("y")),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: tx(),
+        lambda tx: optax.chain(optax.identity(), tx()),
+        lambda tx: optax.apply_if_finite(tx(), 3),
+        lambda tx: optax.partition({"a": tx(), "b": tx()}, {"layers": "a", "head": "b"}),
+    ],
+    ids=["plain", "chain", "apply_if_finite", "partition"],
+)
+def test_specs_of_states(name, wrap):
+    """Moments lie as what they mirror; one row axis in the place of several; counters are replicated."""
+    make, stacked, head = STATES[name]
+    specs = lro.partition_specs(STACKED, SPECS)
+    state = jax.eval_shape(wrap(make).init, STACKED)
+    found = lro.state_specs(state, STACKED, specs)
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    for path, spec in jax.tree_util.tree_leaves_with_path(found, is_leaf=lro.is_lowrank):
+        keys = [str(getattr(k, "key", getattr(k, "name", None))) for k in path]
+        expected = P()
+        if "mu" in keys or "nu" in keys:
+            expected = stacked if "layers" in keys else P("y") if keys[-1] == "bias" else head
+        elif "kernels" in keys and "layers" in keys:
+            expected = P("z")  # A rank for each of the stacked kernels.
+        assert spec == expected, path
+
+
+def test_accumulated_gradients_lie_as_the_parameters():
+    specs = lro.partition_specs(STACKED, SPECS)
+    tx = optax.MultiSteps(lro.lowrank_adam(1e-3), 2)
+    found = lro.state_specs(jax.eval_shape(tx.init, STACKED), STACKED, specs)
+    assert found.acc_grads == specs
+
+
+def test_a_kernel_that_is_the_whole_tree():
+    W = kernel((8,), (6,))
+    state = jax.eval_shape(lro.lowrank_adam(1e-3, momentum="tangent").init, W)
+    found = lro.state_specs(state, W, lro.partition_specs(W, P("x", "y")))
+    assert found.inner_state[0].mu == lro.LowRank(P("x"), P(), P("y")) and found.inner_state[0].count == P()
+
+
+@pytest.mark.parametrize(
+    ("dense", "message"),
+    [
+        ({"kernel": P("x", "y", "z")}, "more axes than its dense shape"),
+        ({"kernel": "x"}, "must be a PartitionSpec"),
+        ({"other": P()}, "structure of the parameters"),
+    ],
+)
+def test_errors(dense, message):
+    with pytest.raises(ValueError, match=message):
+        lro.partition_specs({"kernel": kernel((8,), (6,))}, dense)
