@@ -1,5 +1,6 @@
 """Low-rank training for JAX: kernels kept as U S V^T, and Optax transformations that move them on their manifold."""
 
+from lowrank_optax import checkpoint as checkpoint
 from lowrank_optax import linen as linen
 from lowrank_optax import manifold as manifold
 from lowrank_optax import nnx as nnx
@@ -35,6 +36,7 @@ __all__ = [
     "RankPolicy",
     "Spectrum",
     "budget",
+    "checkpoint",
     "densify",
     "diagnostics",
     "dot_general",
