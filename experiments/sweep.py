@@ -10,6 +10,7 @@ there already is not repeated: start the same command again after an interruptio
 
 import argparse
 import concurrent.futures
+import dataclasses
 import importlib
 import json
 import math
@@ -41,8 +42,9 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.runs = read(path) if path.exists() else []
 
-    def find(self, settings: dict[str, Any]) -> dict[str, Any] | None:
-        return next((run for run in self.runs if run["settings"] == settings), None)
+    def find(self, settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any] | None:
+        """The run of these settings; one that is older than a setting had its default."""
+        return next((run for run in self.runs if {**defaults, **run["settings"]} == settings), None)
 
     def add(self, run: dict[str, Any]) -> None:
         with self._lock:
@@ -105,7 +107,8 @@ class Sweep:
         with tempfile.TemporaryDirectory() as folder:
             config, _ = parse(self.config, [*flags, "--out", folder])
             settings = {k: v for k, v in vars(config).items() if k not in NOT_SETTINGS}
-            found = self.store.find(settings)
+            defaults = {f.name: f.default for f in dataclasses.fields(config) if f.name in settings}
+            found = self.store.find(settings, defaults)
             if found is None:
                 command = [sys.executable, "-m", f"experiments.{self.config.name}", *flags, "--out", folder]
                 done = subprocess.run(self._pinned() + command, capture_output=True, text=True)

@@ -63,7 +63,7 @@ def test_store_keeps_runs_and_finds_them_again(tmp_path: Path) -> None:
     first = run("full", 0.1, 0, 1.5)
     Store(path).add(first)
     again = Store(path)
-    assert again.find(first["settings"]) == first and again.find({**first["settings"], "lr": 0.2}) is None
+    assert again.find(first["settings"], {}) == first and again.find({**first["settings"], "lr": 0.2}, {}) is None
     path.write_text(path.read_text() + '{"label": "tru')
     with pytest.raises(SystemExit, match=r"x\.jsonl: line 2 is not JSON"):
         read(path)
