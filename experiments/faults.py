@@ -1,7 +1,7 @@
 """Kill a training run at random moments and damage its checkpoints: what was saved must always come back.
 
     python -m experiments faults                      # 200 kills and 200 damaged checkpoints, half an hour on one core
-    python -m experiments faults --kills 2 --damages 4
+    python -m experiments faults --smoke              # two kills of a short run, four damaged checkpoints
 
 Kills. Every round starts `experiments.matrix`, whose ranks and widths change as it trains and which saves every few
 steps, stops it (SIGSTOP) after a random time, notes what it was doing, and kills it (SIGKILL). The newest checkpoint
@@ -47,7 +47,7 @@ METHOD = "lowrank_adam"
 # Too large a step size, on purpose: ranks run from 2 to 12 and back, widths follow in multiples of 2, and a state that
 # is off by one bit soon differs in all of them.
 FLAGS = (
-    *("--method", METHOD, "--steps", "3000", "--batch", "24", "--columns", "16", "--target-rank", "8"),
+    *("--method", METHOD, "--batch", "24", "--columns", "16", "--target-rank", "8"),
     *("--condition", "100", "--rank", "2", "--max-rank", "12", "--tolerance", "0.005", "--lr", "0.05"),
     *("--resize-every", "20", "--bucket", "2", "--save-every", "5", "--log-every", "50", "--eval-every", "3000"),
 )
@@ -81,10 +81,10 @@ def states(config: matrix.Matrix) -> Iterator[tuple[int, Any]]:
 class Run:
     """One training run in `folder`, in as many processes as it takes."""
 
-    def __init__(self, out: Path, seed: int) -> None:
+    def __init__(self, out: Path, steps: int, seed: int) -> None:
         self.folder = out / f"seed-{seed}"
         self.checkpoints = self.folder / "checkpoints" / METHOD
-        self.flags = [*FLAGS, "--seed", str(seed), "--out", str(self.folder)]
+        self.flags = [*FLAGS, "--steps", str(steps), "--seed", str(seed), "--out", str(self.folder)]
         self.config, _ = parse(matrix.Matrix, [*self.flags, "--overwrite"])
         self.reference = {step: digest(tree) for step, tree in states(self.config)}
 
@@ -199,29 +199,25 @@ def rounds(path: Path) -> list[dict[str, Any]]:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """How often each kind of round had each result."""
-    kinds = sorted({(line["part"], line["moment"]) for line in lines})
-    text = []
-    for part, moment in kinds:
-        counts = collections.Counter(
-            ", ".join(
-                [line["result"]]
-                + [f"orbax alone: {line['orbax']}"] * ("orbax" in line)
-                + ["named"] * line.get("skipped", 0)
-            )
-            for line in lines
-            if (line["part"], line["moment"]) == (part, moment)
-        )
-        text += [f"{part} {moment:<8}{count:>5}  {result}" for result, count in sorted(counts.items())]
-    return "\n".join(text)
+
+    def outcome(line: dict[str, Any]) -> str:
+        alone = f" (orbax alone: {line['orbax']})" if "orbax" in line else ""
+        return line["result"] + alone + ", a checkpoint skipped" * line.get("skipped", 0)
+
+    counts = collections.Counter((line["part"], line["moment"], outcome(line)) for line in lines)
+    return "\n".join(f"{part:<8}{moment:<8}{n:>5}  {result}" for (part, moment, result), n in sorted(counts.items()))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments faults", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--damages", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=3000, help="of a run")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--smoke", action="store_const", const={"kills": 2, "damages": 4, "steps": 40}, default={})
     parser.add_argument("--out", type=Path, default=Path("runs/faults"))
     args = parser.parse_args(argv)
+    vars(args).update(args.smoke)
     for name in ("absl", "jax"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # orbax narrates
     args.out.mkdir(parents=True, exist_ok=True)
@@ -242,9 +238,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = None
     while (number := len(done("kill"))) < args.kills:
         if run is None:
-            run = Run(args.out, max((line["seed"] for line in done("kill")), default=args.seed))
+            run = Run(args.out, args.steps, max((line["seed"] for line in done("kill")), default=args.seed))
         if run.finished():
-            run = Run(args.out, run.config.seed + 1)
+            run = Run(args.out, args.steps, run.config.seed + 1)
         rng = random.Random(f"{args.seed}-{number}")
         record(part="kill", seed=run.config.seed, **run.kill(rng))
     contents = whole(args.out / "whole") if args.damages > len(done("damage")) else {}

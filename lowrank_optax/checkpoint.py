@@ -82,7 +82,7 @@ def restore(manager: ocp.CheckpointManager, like: Any = None, step: int | None =
     Raises:
       ValueError: if there are checkpoints and none can be used, because of damage or because `like` does not fit.
     """
-    steps = sorted(manager.all_steps(read=True), reverse=True) if step is None else [step]
+    steps = sorted(manager.all_steps(), reverse=True) if step is None else [step]
     failed: list[tuple[int, Exception]] = []
     for each in steps:
         try:
