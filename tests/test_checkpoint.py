@@ -100,8 +100,8 @@ def net_and_optimizer(seed: int) -> tuple[Net, nnx.Optimizer]:
     return net, nnx.Optimizer(net, lro.lowrank_adam(0.02, rank=lro.tolerance(0.02)), wrt=nnx.Param)
 
 
-def net_step(pair: tuple[Net, nnx.Optimizer]) -> None:
-    net, optimizer = pair
+@nnx.jit
+def net_step(net: Net, optimizer: nnx.Optimizer) -> None:
     optimizer.update(net, nnx.grad(lambda net: jnp.mean((net(X) - 1) ** 2))(net))
 
 
@@ -109,14 +109,14 @@ def net_step(pair: tuple[Net, nnx.Optimizer]) -> None:
 def test_an_nnx_model_and_its_optimizer_continue_to_the_bit(manager: ocp.CheckpointManager) -> None:
     """The random stream of the dropout too, which is a typed key."""
     pair, other = net_and_optimizer(0), net_and_optimizer(9)
-    net_step(pair)
+    net_step(*pair)
     saved(manager, step_1=nnx.state(pair))
     nnx.update(other, restore(manager, nnx.state(other)).tree)
     for _ in range(2):
         bits = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x  # noqa: E731
         same(*(jax.tree.map(bits, nnx.to_pure_dict(nnx.state(each))) for each in (other, pair)))
-        net_step(pair)
-        net_step(other)
+        net_step(*pair)
+        net_step(*other)
 
 
 def test_without_a_target_kernels_are_rebuilt(manager: ocp.CheckpointManager) -> None:

@@ -1,5 +1,6 @@
 """What a training run survives: kills, signals, a full disk, damaged checkpoints; it resumes to the bit."""
 
+import functools
 import json
 import pathlib
 import resource
@@ -53,14 +54,17 @@ def same(first: pathlib.Path, second: pathlib.Path) -> None:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], pathlib.Path]:
-    """The folder of 2 N steps in one go."""
-    folders: dict[str, pathlib.Path] = {}
+    """The folder of 2 N steps in one go, each kind run once; beside it the number of compilations."""
 
+    @functools.cache
     def one(kind: str) -> pathlib.Path:
-        if kind not in folders:
-            folders[kind] = tmp_path_factory.mktemp(kind) / "run"
-            run(folders[kind], kind)
-        return folders[kind]
+        out = tmp_path_factory.mktemp(kind) / "run"
+        trainer.load.cache_clear()  # a new loss and optimizer, for which nothing is compiled
+        trainer.build.cache_clear()
+        before = trainer.train_step._cache_size()
+        run(out, kind)
+        (out / "compilations").write_text(str(trainer.train_step._cache_size() - before))
+        return out
 
     return one
 
@@ -79,19 +83,13 @@ def test_twice_n_steps_are_n_and_n(kind: str, straight: Callable[[str], pathlib.
     assert (len(parameters) > 1) == (kind == "resized")
 
 
-def test_widths_follow_ranks_and_compile_once_for_each(
-    straight: Callable[[str], pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = trainer.train_step._cache_size()
-    trainer.build.cache_clear()  # a new loss and optimizer: nothing is compiled for them yet
-    trainer.load.cache_clear()
-    run(tmp_path / "run", "resized")
-    widths = {record["parameters"] for record in records(tmp_path / "run") if "parameters" in record}
-    assert 1 < len(widths) <= 4  # multiples of 2 up to 8
-    assert trainer.train_step._cache_size() - before == len(widths)
-    # The factors of the checkpoint are as wide as the last record says.
-    W = checkpoint(tmp_path / "run").tree["params"]["kernel"]
-    assert W.size == [record["parameters"] for record in records(tmp_path / "run") if "parameters" in record][-1]
+def test_widths_follow_ranks_and_compile_once_for_each(straight: Callable[[str], pathlib.Path]) -> None:
+    out = straight("resized")
+    parameters = [record["parameters"] for record in records(out) if "parameters" in record]
+    assert 1 < len(set(parameters)) <= 4  # widths are multiples of 2 up to 8
+    assert int((out / "compilations").read_text()) == len(set(parameters))
+    assert int((straight("adaptive") / "compilations").read_text()) == 1
+    assert checkpoint(out).tree["params"]["kernel"].size == parameters[-1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
