@@ -39,9 +39,11 @@ class _Move:
 
     def _basis(self, x: jax.Array) -> jax.Array:
         """Cut, or completed by orthonormal columns."""
-        padded = _fit(x, self.width, -1)
-        completed, _ = linalg.orthonormalize(padded)
-        return jnp.concatenate([padded[..., : x.shape[-1]], completed[..., x.shape[-1] :]], axis=-1)
+        fitted = _fit(x, self.width, -1)
+        if self.width <= x.shape[-1]:
+            return fitted
+        completed, _ = linalg.orthonormalize(fitted)
+        return jnp.concatenate([x, completed[..., x.shape[-1] :]], axis=-1)
 
     def coefficients(self, x: jax.Array, squared: bool) -> jax.Array:
         carry = mf.congruence_squared if squared else mf.congruence
@@ -174,8 +176,7 @@ def _plan(name: str, W: LowRank, rank: Rank | None) -> _Move | None:
     canonical = bool(mf.is_canonical(F))
     if not canonical:
         p, sigma, q = mf.gauge(F)
-    active = max(1, int(jnp.max(mf.rank(F))))
-    width = active if rank is None else min(limit, rank_number(rank, name, W.shape, limit))
+    width = max(1, int(jnp.max(mf.rank(F)))) if rank is None else min(limit, rank_number(rank, name, W.shape, limit))
     return None if canonical and width == F.rank else _Move(W, sigma, p, q, width)
 
 
