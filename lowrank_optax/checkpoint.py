@@ -50,7 +50,6 @@ def save(manager: ocp.CheckpointManager, step: int, tree: Any, **options: Any) -
       >>> params = lro.factorize({"kernel": jnp.eye(6)}, rank=2)
       >>> with ocp.CheckpointManager(tempfile.mkdtemp()) as manager:
       ...     saved = lro.checkpoint.save(manager, 7, params)
-      ...     manager.wait_until_finished()
       ...     step, again = lro.checkpoint.restore(manager, params)
       >>> step, again["kernel"].U.shape
       (7, (6, 2))
@@ -82,6 +81,7 @@ def restore(manager: ocp.CheckpointManager, like: Any = None, step: int | None =
     Raises:
       ValueError: if there are checkpoints and none can be used, because of damage or because `like` does not fit.
     """
+    manager.wait_until_finished()  # a save that is going on is one of all_steps
     steps = sorted(manager.all_steps(), reverse=True) if step is None else [step]
     failed: list[tuple[int, Exception]] = []
     for each in steps:

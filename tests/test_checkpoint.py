@@ -66,7 +66,7 @@ def saved(manager: ocp.CheckpointManager, **trees: object) -> None:
     """Saves trees named step_1, step_2."""
     for name, tree in trees.items():
         assert save(manager, int(name[5:]), tree)
-        manager.wait_until_finished()
+    manager.wait_until_finished()
 
 
 @pytest.mark.parametrize(

@@ -72,11 +72,11 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], pathli
 @pytest.mark.parametrize("kind", [*(pytest.param(k, marks=pytest.mark.slow) for k in ("fixed", "adaptive")), "resized"])
 def test_twice_n_steps_are_n_and_n(kind: str, straight: Callable[[str], pathlib.Path], tmp_path: pathlib.Path) -> None:
     """To the bit: losses, ranks, parameters, moments."""
-    broken = tmp_path / "run"
+    whole, broken = straight(kind), tmp_path / "run"
     with pytest.raises(SystemExit):
         run(broken, kind, "--stop-at", str(N))
     run(broken, kind, "--resume")
-    same(straight(kind), broken)
+    same(whole, broken)
     ranks = {record["rank"] for record in records(broken) if "rank" in record}
     assert (len(ranks) == 1) == (kind == "fixed")
     parameters = {record["parameters"] for record in records(broken) if "parameters" in record}
@@ -101,7 +101,7 @@ def test_a_signal_saves_and_leaves(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """As from a preemptible machine, at a step at which nothing would be saved."""
-    steps, step, out = iter(range(2 * N)), trainer.train_step, tmp_path / "run"
+    whole, out, steps, step = straight("resized"), tmp_path / "run", iter(range(2 * N)), trainer.train_step
 
     def interrupted(*args: Any) -> Any:
         if next(steps) == 4:
@@ -115,7 +115,7 @@ def test_a_signal_saves_and_leaves(
     assert left.value.code == 130 and f"--resume --out {out}" in capsys.readouterr().err
     assert checkpoint(out).step == 5
     run(out, "resized", "--resume")
-    same(straight("resized"), out)
+    same(whole, out)
 
 
 def test_a_full_disk_keeps_what_was_saved(tmp_path: pathlib.Path) -> None:
@@ -146,14 +146,14 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path: pathlib.Path) -> None:
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     straight: Callable[[str], pathlib.Path], tmp_path: pathlib.Path
 ) -> None:
-    out = tmp_path / "run"
+    whole, out = straight("resized"), tmp_path / "run"
     with pytest.raises(SystemExit):
         run(out, "resized", "--stop-at", str(N))
     manifest = out / "checkpoints" / "lowrank_adam" / str(N) / "default" / "manifest.ocdbt"
     manifest.write_bytes(manifest.read_bytes()[:-9])
     with pytest.warns(UserWarning, match=f"checkpoint {N} in .* is skipped"):
         run(out, "resized", "--resume")
-    same(straight("resized"), out)
+    same(whole, out)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
