@@ -42,6 +42,8 @@ class Config:
     dense_scale: float = option(1.0, "factor on the kernels that dense methods start with")
     tolerance: float = option(0.0, "relative tail that lowrank_* may discard; 0 keeps the rank")
     budget: int = option(0, "parameters that all kernels of lowrank_* may have together; 0 keeps the ranks")
+    resize_every: int = option(0, "steps between fits of the factors' width to the ranks of lowrank_*; 0 keeps it")
+    bucket: int = option(8, "the widths that factors are fitted to are multiples of this")
     momentum: str = option("", "of lowrank_*; empty is its default", "", "balanced", "tangent", "coefficient")
     gradient: str = option("projected", "of lowrank_*", "projected", "galerkin")
     local_steps: int = option(1, "coefficient steps of a galerkin loop")
@@ -70,6 +72,9 @@ class Config:
             raise ConfigError(f"--tolerance {self.tolerance}: at least 0 and below 1")
         if self.max_rank and self.max_rank < self.rank:
             raise ConfigError(f"--max-rank {self.max_rank}: at least the rank, {self.rank}")
+
+        if self.resize_every and self.gradient == "galerkin":
+            raise ConfigError("--resize-every: a galerkin loop needs its width, use --gradient projected")
 
     @property
     def methods(self) -> list[str]:

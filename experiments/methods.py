@@ -52,6 +52,11 @@ class Method:
     optimizer: Callable[[Schedule, "Config"], optax.GradientTransformation]
     learning_rate: float
 
+    @property
+    def on_manifold(self) -> bool:
+        """Whether ranks may change within the width of the factors."""
+        return self.optimizer in (_lowrank_adam, _lowrank_heavy_ball, _lowrank_muon)
+
 
 def _adamw(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(CLIP)
@@ -130,8 +135,7 @@ def factor(method: Method, task: Task, params: Params, config: "Config", key: ja
     """The dense parameters with every kernel in the form of the method."""
     if method.form == "dense":
         return scale_kernels(task, params, config.dense_scale)
-    on_manifold = method.optimizer in (_lowrank_adam, _lowrank_heavy_ball, _lowrank_muon)
-    width = config.max_rank if on_manifold and config.max_rank else None
+    width = config.max_rank if method.on_manifold and config.max_rank else None
     lowrank = lro.factorize(params, config.rank, max_rank=width, where=task.is_kernel, scale=config.init_scale)
     leaves = len(jax.tree.leaves(params))
     keys = iter(jax.random.split(key, leaves))

@@ -11,13 +11,12 @@ class Metrics:
 
     def __init__(self, path: Path, header: dict[str, Any], start: int) -> None:
         kept = [r for r in read(path)[1] if r["step"] <= start] if start else []
-        self._file = path.open("w", encoding="utf-8")
-        for record in (header, *kept):
-            self.write(**record)
+        replace(path, "".join(map(_line, (header, *kept))))
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, **record: Any) -> None:
         """Write one line at once, so that a killed run keeps what it had."""
-        self._file.write(json.dumps({k: _plain(v) for k, v in record.items()}) + "\n")
+        self._file.write(_line(record))
         self._file.flush()
 
     def __enter__(self) -> "Metrics":
@@ -27,11 +26,22 @@ class Metrics:
         self._file.close()
 
 
+def replace(path: Path, text: str) -> None:
+    """Put a text in the place of a file at once: a kill leaves the old one or the new one."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
 def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The settings and the records of one run."""
     lines = path.read_text(encoding="utf-8").splitlines()
     header, *records = (json.loads(line) for line in lines)
     return header, records
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps({k: _plain(v) for k, v in record.items()}) + "\n"
 
 
 def _plain(value: Any) -> Any:

@@ -19,9 +19,9 @@ import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 from tqdm import tqdm
 
-from experiments import methods, table
+import lowrank_optax as lro
+from experiments import methods, metrics, table
 from experiments.config import Config, ConfigError, Session, parse
-from experiments.metrics import Metrics
 from experiments.task import Batch, DataError, Params, Task
 
 INTERRUPTED = 130  # the exit status of a shell command ended by Ctrl-C
@@ -109,11 +109,14 @@ def train(config: Config, session: Session, name: str, interrupted: Callable[[],
 
     folder = (session.out / "checkpoints" / name).absolute()
     last = min(config.steps, session.stop_at or config.steps)
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=1)) as manager:
-        if manager.latest_step() is not None:
-            state = state.replace(**manager.restore(None, args=ocp.args.StandardRestore(saved(state))))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=ocp.checkpoint_managers.LatestN(2),  # the older one in case the newest is damaged
+        cleanup_tmp_directories=True,  # of saves that a kill cut off
+    )
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        state = restore(manager, state)
         start = int(state.step)
-        metrics = Metrics(session.out / f"{name}.jsonl", header, start)
+        log_file = metrics.Metrics(session.out / f"{name}.jsonl", header, start)
         bar = tqdm(
             desc=f"{name:<18}",
             total=config.steps,
@@ -121,14 +124,16 @@ def train(config: Config, session: Session, name: str, interrupted: Callable[[],
             unit="step",
             mininterval=0.1 if sys.stderr.isatty() else 30,
         )
-        with metrics, bar:
+        with log_file, bar:
             if start == 0:
-                metrics.write(step=0, **evaluate(task, state))
+                log_file.write(step=0, **evaluate(task, state))
             clock, since = None, start  # no clock before the first step has compiled
             for step in range(start + 1, last + 1):
                 state, loss = train_step(task.loss, state, task.batch(config.seed, step))
                 bar.update()
 
+                if config.resize_every and step % config.resize_every == 0:
+                    state = follow_ranks(config, name, state)
                 log = step % config.log_every == 0 or step == config.steps
                 if log:
                     jax.block_until_ready(state)
@@ -137,21 +142,23 @@ def train(config: Config, session: Session, name: str, interrupted: Callable[[],
                     rank = methods.mean_rank(state.params)
                     if rank is not None:
                         record["rank"] = rank
+                    if config.resize_every:
+                        record["parameters"] = methods.trained_parameters(task, state.params)
                     if clock is not None:
                         seconds = (now - clock) / (step - since)
                         record["step_ms"] = 1e3 * seconds
                         record[f"{task.work[0]}_per_s"] = task.work[1] / seconds
-                    metrics.write(**record)
+                    log_file.write(**record)
                     bar.set_postfix_str(progress(record, task.work[0]), refresh=False)
                     if not np.isfinite(record["loss"]):
                         return True  # diverged: no checkpoint, and the next method may run
                 check = step % config.eval_every == 0 or step == config.steps
                 if check:
-                    metrics.write(step=step, **evaluate(task, state))
+                    log_file.write(step=step, **evaluate(task, state))
                 leave = step == last or interrupted()
                 save = config.save_every and (leave or step % config.save_every == 0)
                 if save:
-                    manager.save(step, args=ocp.args.StandardSave(saved(state)), force=True)
+                    lro.checkpoint.save(manager, step, saved(state), force=True)
                     manager.wait_until_finished()  # the next step donates these buffers
                 if leave:
                     return step == config.steps
@@ -159,6 +166,24 @@ def train(config: Config, session: Session, name: str, interrupted: Callable[[],
                     jax.block_until_ready(state)
                     clock, since = time.perf_counter(), step
     return start == config.steps
+
+
+def follow_ranks(config: Config, name: str, state: TrainState) -> TrainState:
+    """The same state with factors about as wide as their ranks; the next step compiles if a width changed."""
+    if not methods.METHODS[name].on_manifold:
+        return state
+    widths = lro.buckets(state.params, config.bucket, max_rank=config.max_rank or config.rank)
+    params, opt_state = lro.resize(state.params, state.opt_state, widths)
+    return state.replace(params=params, opt_state=opt_state)
+
+
+def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
+    """The state of the newest checkpoint that is whole, or the one given if there is none."""
+    try:
+        found = lro.checkpoint.restore(manager, saved(state))
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    return state.replace(**found.tree) if found else state
 
 
 def saved(state: TrainState) -> dict[str, Any]:
@@ -184,7 +209,7 @@ def run(config: Config, session: Session) -> None:
             shutil.rmtree(session.out / "checkpoints" / name, ignore_errors=True)
             (session.out / f"{name}.jsonl").unlink(missing_ok=True)
     session.out.mkdir(parents=True, exist_ok=True)
-    (session.out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    metrics.replace(session.out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     print(task.data)
     with interruptible() as interrupted:
         for name in config.methods:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from lowrank_optax.explicit import Placement
 from lowrank_optax.factorize import Rank, path_name, rank_number
 from lowrank_optax.linalg import transpose
 from lowrank_optax.lowrank import LowRank, cast_like, flatten, is_lowrank, unflatten
+from lowrank_optax.monitor import ranks
 from lowrank_optax.rank import relative_tail
 from lowrank_optax.transforms import FixedRankState, KernelState
 from lowrank_optax.transforms.carry import SECOND_MOMENTS
@@ -38,9 +40,11 @@ class _Move:
 
     def _basis(self, x: jax.Array) -> jax.Array:
         """Cut, or completed by orthonormal columns."""
-        padded = _fit(x, self.width, -1)
-        completed, _ = linalg.orthonormalize(padded)
-        return jnp.concatenate([padded[..., : x.shape[-1]], completed[..., x.shape[-1] :]], axis=-1)
+        fitted = _fit(x, self.width, -1)
+        if self.width <= x.shape[-1]:
+            return fitted
+        completed, _ = linalg.orthonormalize(fitted)
+        return jnp.concatenate([x, completed[..., x.shape[-1] :]], axis=-1)
 
     def coefficients(self, x: jax.Array, squared: bool) -> jax.Array:
         carry = mf.congruence_squared if squared else mf.congruence
@@ -84,8 +88,9 @@ def resize(params: Any, opt_state: Any = None, rank: Rank | None = None) -> tupl
     Args:
       params: a tree with `LowRank` nodes.
       opt_state: the matching state of any transformation with `fixed_rank` inside, or None.
-      rank: new width, an int, a fraction of min(m, n), or a callable of the path and the dense shape; cut to
-        min(m, n). None for the active rank of each kernel (the largest of a stack), as small as W allows.
+      rank: new width, an int, a fraction of min(m, n), or a callable of the path and the dense shape, e.g.
+        `buckets(params)`; cut to min(m, n). None for the active rank of each kernel (the largest of a stack), as small
+        as W allows. A kernel in the canonical gauge whose width does not change stays the same to the bit.
 
     Returns:
       Parameters and state.
@@ -97,13 +102,14 @@ def resize(params: Any, opt_state: Any = None, rank: Rank | None = None) -> tupl
       >>> params["kernel"].U.shape, state.inner_state[0].mu["kernel"].shape
       ((6, 2), (2, 2))
     """
-    moves: dict[Any, _Move] = {}
+    moves: dict[Any, _Move | None] = {}
     for path, W in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_lowrank):
         if is_lowrank(W):
             moves[tuple(path)] = _plan(path_name(path), W, rank)
 
     def kernel(path: Any, x: Any) -> Any:
-        return moves[tuple(path)].kernel() if is_lowrank(x) else x
+        move = moves.get(tuple(path))
+        return move.kernel() if move else x
 
     new_params = jax.tree_util.tree_map_with_path(kernel, params, is_leaf=is_lowrank)
     node = lambda x: is_lowrank(x) or isinstance(x, FixedRankState)  # noqa: E731
@@ -118,25 +124,70 @@ def resize(params: Any, opt_state: Any = None, rank: Rank | None = None) -> tupl
     return new_params, jax.tree_util.tree_map_with_path(outer, opt_state, is_leaf=node)
 
 
-def _plan(name: str, W: LowRank, rank: Rank | None) -> _Move:
+def buckets(params: Any, size: int = 8, *, max_rank: Rank | None = None) -> Callable[[str, tuple[int, ...]], int]:
+    r"""Widths for `resize` that follow the active ranks in multiples of `size`, so that few shapes are compiled.
+
+    A kernel of rank k and width w gets the first of these widths that applies, where
+    :math:`\lceil k \rceil` is the next multiple of `size`, cut to `max_rank`:
+
+    .. math::
+
+      \lceil k + 1 \rceil \ \text{if that is above } w, \quad
+      \lceil k + 1 + \tfrac{1}{2}\,\text{size} \rceil \ \text{if that is below } w, \quad w
+
+    One column stays free, or a rank policy could not show that it wants more. Ranks that wander by half a bucket
+    change no shape. There are at most `max_rank / size` widths of a kernel, and a step compiles at most once for
+    every `resize` that changed one.
+
+    Args:
+      params: a tree with `LowRank` nodes.
+      size: distance of the widths.
+      max_rank: largest width, of the forms that `factorize` takes. Default: min(m, n).
+
+    Returns:
+      For the argument `rank` of `resize`.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> params = lro.factorize({"kernel": jnp.eye(64)}, rank=5, max_rank=32)
+      >>> params, _ = lro.resize(params, None, lro.buckets(params, 8))
+      >>> params["kernel"].rank
+      16
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_lowrank)
+    kernels = {path_name(path): W for path, W in leaves if is_lowrank(W)}
+    active = {name: max(1, int(jnp.max(rank))) for name, rank in ranks(params).items()}
+
+    def width(name: str, shape: tuple[int, ...]) -> int:
+        F, k = flatten(kernels[name]), active[name]
+        limit = min(F.U.shape[-2], F.V.shape[-2])
+        most = limit if max_rank is None else min(limit, rank_number(max_rank, name, shape, limit))
+        least, roomy = (min(most, -(-x // size) * size) for x in (k + 1, k + 1 + size // 2))
+        return least if least > F.rank else min(roomy, F.rank)
+
+    return width
+
+
+def _plan(name: str, W: LowRank, rank: Rank | None) -> _Move | None:
+    """None for a kernel that stays as it is, to the bit."""
     F = flatten(W.astype(linalg.working_dtype(W.U, W.S, W.V)))
     limit = min(F.U.shape[-2], F.V.shape[-2])
     p = q = jnp.broadcast_to(jnp.eye(F.rank, dtype=F.S.dtype), F.S.shape)
     sigma = jnp.diagonal(F.S, axis1=-2, axis2=-1)
-    if not mf.is_canonical(F):
+    canonical = bool(mf.is_canonical(F))
+    if not canonical:
         p, sigma, q = mf.gauge(F)
-    active = max(1, int(jnp.max(mf.rank(F))))
-    width = active if rank is None else min(limit, rank_number(rank, name, W.shape, limit))
-    return _Move(W, sigma, p, q, width)
+    width = max(1, int(jnp.max(mf.rank(F)))) if rank is None else min(limit, rank_number(rank, name, W.shape, limit))
+    return None if canonical and width == F.rank else _Move(W, sigma, p, q, width)
 
 
-def _owner(path: Any, moves: dict[Any, _Move]) -> _Move | None:
-    """The kernel whose path ends the path of a leaf of the state."""
+def _owner(path: Any, moves: dict[Any, _Move | None]) -> _Move | None:
+    """The move of the kernel whose path ends the path of a leaf of the state."""
     ends = [end for end in moves if tuple(path)[len(path) - len(end) :] == end]
     return moves[max(ends, key=len)] if ends else None
 
 
-def _resize_state(state: FixedRankState, moves: dict[Any, _Move]) -> FixedRankState:
+def _resize_state(state: FixedRankState, moves: dict[Any, _Move | None]) -> FixedRankState:
     def mirror(path: Any, x: Any) -> Any:
         move = _owner(path, moves)
         if move is None:

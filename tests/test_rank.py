@@ -449,3 +449,37 @@ def test_galerkin_keeps_room_for_new_directions(policy: Any) -> None:
     # A fixed rank of 4 reaches the best approximation of that rank; a policy that allows 4 and more is no worse.
     best = np.sum(np.linalg.svd(T, compute_uv=False)[4:] ** 2) / 2
     assert float(value) < 1.05 * best
+
+
+# --- buckets ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rank", "width", "expected"),
+    [
+        (5, 5, 8),  # room for one more
+        (7, 8, 8),
+        (8, 8, 16),  # full
+        (8, 40, 16),
+        (5, 16, 16),  # half a bucket is not enough to shrink
+        (4, 16, 16),
+        (3, 16, 8),
+        (0, 8, 8),
+        (40, 40, 40),  # min(m, n)
+    ],
+)
+def test_buckets_by_hand(rank: int, width: int, expected: int) -> None:
+    basis = jnp.eye(40, width)
+    params = {"a": {"kernel": lro.LowRank(basis, jnp.diag(jnp.arange(width) < rank) * 1.0, basis)}}
+    assert lro.buckets(params)("a/kernel", (40, 40)) == expected
+    assert lro.buckets(params, max_rank=12)("a/kernel", (40, 40)) == min(expected, 12)
+    wide, _ = lro.resize(params, None, lro.buckets(params))
+    assert wide["a"]["kernel"].rank == expected
+    assert lro.buckets(wide)("a/kernel", (40, 40)) == expected  # once is enough
+
+
+def test_resize_to_the_same_width_changes_no_bit() -> None:
+    params = {"kernel": from_dense(matrix(0, 14, 12, [3.0, 2.0]), 2, 4), "bias": jnp.ones(3)}
+    state = lro.lowrank_adam(0.1, momentum="tangent").init(params)
+    before, after = jax.tree.leaves((params, state)), jax.tree.leaves(lro.resize(params, state, 4))
+    assert all(a is b for a, b in zip(before, after, strict=True))

@@ -1,4 +1,4 @@
-"""Every code block of the README runs, in order and in one namespace, as a reader would paste them."""
+"""Every code block of the README and the guides runs, in order and in one namespace, as a reader would paste them."""
 
 import pathlib
 import re
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text()
+GUIDES = sorted((ROOT / "docs").glob("*.md"))
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+def blocks(language: str, path: pathlib.Path = ROOT / "README.md") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), flags=re.DOTALL)
 
 
 @pytest.mark.slow
@@ -26,6 +26,15 @@ def test_python_blocks_run_and_the_first_one_learns():
                 variance = float(np.var(namespace["y"]))
                 # Predicting the mean leaves the variance of the targets; 200 steps must do far better.
                 assert float(namespace["value"]) < 0.2 * variance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.stem)
+def test_guides_run(path: pathlib.Path):
+    namespace: dict = {}
+    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+        for i, block in enumerate(blocks("python", path)):
+            exec(compile(block, f"{path.name} block {i}", "exec"), namespace)
 
 
 def test_commands_are_targets_of_the_makefile():

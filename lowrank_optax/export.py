@@ -1,0 +1,117 @@
+"""Low-rank kernels as LoRA adapters, in the files that PEFT loads."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_optax.factorize import path_name
+from lowrank_optax.lowrank import LowRank, is_lowrank
+from lowrank_optax.resize import resize
+
+Module = Callable[[str, tuple[int, ...]], str]
+
+
+def _module(path: str, index: tuple[int, ...]) -> str:
+    """`"encoder/dense/kernel"` becomes `"encoder.dense"`."""
+    if index:
+        raise ValueError(f"{path!r} stacks kernels: pass module=lambda path, index: ... to name the layer of each")
+    return path.removesuffix("kernel").rstrip("/").replace("/", ".")
+
+
+def export_lora(folder: Any, params: Any, *, module: Module = _module, base_model: str | None = None) -> None:
+    r"""Writes low-rank changes of a model's kernels as a LoRA adapter, as PEFT stores and loads them.
+
+    PEFT adds `x A^T B^T alpha / r` to the output of a layer. With
+
+    .. math:: A = (U S)^\top, \quad B = V, \quad \alpha = r
+
+    that is :math:`x\, U S V^\top`. The folder gets `adapter_model.safetensors` with
+    `base_model.model.<module>.lora_A.weight` `(r, in)` and `lora_B.weight` `(out, r)`, and `adapter_config.json`, where
+    kernels of another rank than the largest appear in `rank_pattern` and `alpha_pattern`. Ranks are the active ones.
+
+    Args:
+      folder: is made if it is missing.
+      params: a tree whose `LowRank` nodes are the changes; other leaves are not written. For a whole kernel kept
+        as U S V^T the base of the adapter is a layer with weight zero; to export it as an ordinary layer, use
+        `densify`. Several input or output axes become one. Three input axes are those of a 2-D convolution, whose
+        factors get the shapes `(r, in, height, width)` and `(out, r, 1, 1)`.
+      module: callable of the path of a kernel and its index in a stack (`()` if it is not stacked) that returns
+        the name of the layer in the model that loads the adapter. Default: the path with dots, without `kernel`.
+      base_model: name or path of that model, for the config.
+
+    Raises:
+      ImportError: if safetensors is not installed (`pip install lowrank-optax[export]`).
+      ValueError: if there is no `LowRank` node, a name is empty or is given twice, or no `module` names the layers
+        of a stack.
+
+    Example:
+      >>> import jax.numpy as jnp, json, pathlib, tempfile, lowrank_optax as lro
+      >>> delta = {"dense": {"kernel": lro.factorize(jnp.eye(6), rank=2)}}
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> lro.export_lora(folder, delta, module=lambda path, index: "encoder.layer.0.output.dense")
+      >>> json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+      ['encoder.layer.0.output.dense']
+    """
+    try:
+        from safetensors.flax import save_file
+    except ImportError as error:
+        raise ImportError("export_lora writes safetensors: pip install lowrank-optax[export]") from error
+
+    pairs: dict[str, tuple[jax.Array, jax.Array]] = {}
+    for path, W in jax.tree_util.tree_leaves_with_path(resize(params)[0], is_leaf=is_lowrank):
+        if not is_lowrank(W):
+            continue
+        for index in np.ndindex(W.batch_shape):
+            name = module(path_name(path), index)
+            if not name or name in pairs:
+                raise ValueError(f"module names kernel {path_name(path)!r} {index or ''} {name!r}, a name must be new")
+            pairs[name] = _pair(W[index] if index else W)
+    if not pairs:
+        raise ValueError("there is no LowRank node to export")
+
+    ranks = {name: int(a.shape[0]) for name, (a, _) in pairs.items()}
+    most = max(ranks.values())
+    # Anchored, because PEFT looks for a pattern at the end of a module's name.
+    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != most}
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": most,
+        "lora_alpha": most,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "target_modules": sorted(ranks),
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+    }
+    tensors = {
+        f"base_model.model.{name}.lora_{letter}.weight": factor
+        for name, pair in pairs.items()
+        for letter, factor in zip("AB", pair, strict=True)
+    }
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _pair(W: LowRank) -> tuple[jax.Array, jax.Array]:
+    """lora_A and lora_B of one kernel."""
+    a = (W.U @ W.S).astype(W.dtype)
+    b = W.V.reshape(math.prod(W.out_shape), W.rank)
+    if len(W.in_shape) == 3:
+        return jnp.transpose(a, (3, 2, 0, 1)), b[:, :, None, None]
+    return a.reshape(-1, W.rank).T, b
