@@ -78,7 +78,12 @@ STACKED = {
 SPECS = {"layers": {"kernel": P("z", "x", "y")}, "head": {"kernel": P("x", "y"), "bias": P("y")}}
 
 STATES = {
-    "coefficient": (lambda: lro.lowrank_adam(1e-3), P("z"), P()),
+    "coefficient": (lambda: lro.lowrank_adam(1e-3, momentum="coefficient"), P("z"), P()),
+    "balanced": (
+        lambda: lro.lowrank_adam(1e-3),
+        lro.LowRank(P("z", "x"), P("z"), P("z", "y")),
+        lro.LowRank(P("x"), P(), P("y")),
+    ),
     "tangent": (
         lambda: lro.lowrank_adam(1e-3, momentum="tangent"),
         lro.LowRank(P("z", "x"), P("z"), P("z", "y")),
