@@ -222,9 +222,14 @@ def fixed_rank(
                     step = st.tangent_step if method.tangent else st.coefficient_step
                     moved = step(method, split, point, grads, extra)
                 phase = state.phase
-        finite = moved.finite & linalg.all_finite(split.ordinary(moved.params))
-        finite &= method.rest_finite(state.inner_state, moved.inner_state, split)
         ordinary_updates = split.ordinary(moved.params)
+
+        def rest_finite() -> jax.Array:
+            rest = method.rest_finite(state.inner_state, moved.inner_state, split)
+            return linalg.all_finite(ordinary_updates) & rest
+
+        # In a branch, or else the compiler makes every leaf a second time inside its check: twice the compile time.
+        finite = jax.lax.cond(moved.finite, rest_finite, lambda: jnp.zeros((), bool))
         new = (ordinary_updates, FixedRankState(moved.inner_state, moved.kernels, phase, state.notfinite_count))
         skipped = (
             jax.tree.map(jnp.zeros_like, ordinary_updates),
