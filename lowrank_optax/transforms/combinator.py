@@ -255,16 +255,23 @@ def fixed_rank(
                 else:
                     moved = kernel_step(method, split, point, grads, extra)
                 phase = state.phase
-        differences = _differences(params, moved.params)
-        new = (differences, FixedRankState(moved.inner_state, moved.kernels, phase, state.notfinite_count))
+        ordinary_updates = split.ordinary(moved.params)
+
+        def rest_finite() -> jax.Array:
+            rest = method.rest_finite(state.inner_state, moved.inner_state, split)
+            return linalg.all_finite(ordinary_updates) & rest
+
+        # In a branch, or else the compiler makes every leaf a second time inside its check: twice the compile time.
+        finite = jax.lax.cond(moved.finite, rest_finite, lambda: jnp.zeros((), bool))
+        new = (ordinary_updates, FixedRankState(moved.inner_state, moved.kernels, phase, state.notfinite_count))
         skipped = (
-            jax.tree.map(jnp.zeros_like, differences),
+            jax.tree.map(jnp.zeros_like, ordinary_updates),
             state._replace(notfinite_count=optax.safe_increment(state.notfinite_count)),
         )
-        finite = moved.finite & linalg.all_finite(split.ordinary(moved.params))
-        finite &= method.rest_finite(state.inner_state, moved.inner_state, split)
-        # A branch rather than a select for every leaf: it hands buffers through and compiles in no time.
-        return jax.lax.cond(finite, lambda: new, lambda: skipped)
+        # A branch copies what it hands through, but compiles in no time. The large factors are selected as they are
+        # written.
+        ordinary_updates, state = jax.lax.cond(finite, lambda: new, lambda: skipped)
+        return split.merge_each(_differences(params, moved.params, split, finite), ordinary_updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -349,13 +356,11 @@ def _galerkin_call(
     return moved, jnp.where(phase == local_steps, 0, phase + 1).astype(jnp.int32)
 
 
-def _differences(params: Any, moved: Any) -> Any:
-    """new - old for every factor, in its dtype; the updates of ordinary leaves as they are."""
+def _differences(params: Any, moved: Any, split: Split, finite: jax.Array) -> list[LowRank]:
+    """new - old for every factor of every kernel, in its dtype; zero unless `finite`."""
 
-    def one(old: Any, new: Any) -> Any:
-        if not is_kernel(old):
-            return new
+    def one(old: LowRank, new: LowRank) -> LowRank:
         new = cast_like(unflatten(new, old), old)
-        return LowRank(new.U - old.U, new.S - old.S, new.V - old.V)
+        return jax.tree.map(lambda a, b: jnp.where(finite, a - b, jnp.zeros_like(b)), new, old)
 
-    return jax.tree.map(one, params, moved, is_leaf=is_kernel)
+    return [one(old, new) for old, new in zip(split.each(params), split.each(moved), strict=True)]
