@@ -19,7 +19,7 @@ PYTEST = JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m pytest
 DOCTEST = $(PYTEST) -q --doctest-modules lowrank_optax
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-fast lint format demo clean
+.PHONY: help install test test-fast lint format demo bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ format: $(STAMP) ## rewrite the files in the project's format
 
 demo: $(STAMP) ## pre-train a small model on this machine (options in ARGS)
 	$(BIN)/python -m experiments pretrain $(ARGS)
+
+bench: $(STAMP) ## measure time and memory of low-rank training on this machine (options in ARGS)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove environments, caches and builds
 	rm -rf .venv .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,6 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+# A decorator. Accelerators multiply float32 as bfloat16 or TF32 unless told otherwise, and 1e-3 of W would be lost in
+# every step.
+precise = jax.default_matmul_precision("highest")
+
 
 def working_dtype(*arrays: Any) -> jnp.dtype:
     """The dtype in which factors are decomposed: their common dtype, at least float32."""
@@ -109,6 +113,7 @@ class _Pass(NamedTuple):
     passes: jax.Array
 
 
+@precise
 def extend(basis: jax.Array, x: jax.Array) -> Extension:
     r"""Completes an orthonormal basis U to one of the span of [U, X]: the QR of [U, X] by Gram matrices only.
 
@@ -145,7 +150,7 @@ def extend(basis: jax.Array, x: jax.Array) -> Extension:
     def complement(p: _Pass) -> tuple[jax.Array, jax.Array]:
         """The norms of the columns of y, and the Gram matrix of their parts beside U relative to them."""
         d = jnp.sqrt(jnp.diagonal(p.gram, axis1=-2, axis2=-1))
-        return d, (p.gram - product(transpose(p.c), p.c)) / (d[..., :, None] * d[..., None, :])
+        return d, (p.gram - transpose(p.c) @ p.c) / (d[..., :, None] * d[..., None, :])
 
     def unfinished(p: _Pass) -> jax.Array:
         error = jnp.sum(jnp.square(complement(p)[1] - eye), axis=(-2, -1))
@@ -158,27 +163,34 @@ def extend(basis: jax.Array, x: jax.Array) -> Extension:
         ok = jnp.isfinite(jnp.sum(inverse, axis=(-2, -1)))
         sound = ok[..., None, None]
         upper, inverse = upper * d[..., None, :], inverse / d[..., :, None]
-        y = product(p.y, inverse) - product(basis, product(p.c, inverse))
+        y = p.y @ inverse - basis @ (p.c @ inverse)
         y = jnp.where(sound, y, p.y)
         return _Pass(
             y,
-            product(transpose(basis), y),
-            product(transpose(y), y),
-            jnp.where(sound, p.in_basis + product(p.c, p.in_y), p.in_basis),
-            jnp.where(sound, product(upper, p.in_y), p.in_y),
+            transpose(basis) @ y,
+            transpose(y) @ y,
+            jnp.where(sound, p.in_basis + p.c @ p.in_y, p.in_basis),
+            jnp.where(sound, upper @ p.in_y, p.in_y),
             jnp.where(ok, p.shift, 100 * p.shift),
             p.passes + 1,
         )
 
-    c, gram = product(transpose(basis), y), product(transpose(y), y)
+    c, gram = transpose(basis) @ y, transpose(y) @ y
     shift = jnp.full(x.shape[:-2], k * eps, x.dtype)
     p = _Pass(y, c, gram, jnp.zeros_like(c), eye, shift, jnp.zeros((), jnp.int32))
     p = jax.lax.while_loop(unfinished, improve, p)
-    above = jnp.concatenate([product(transpose(basis), basis), p.c], axis=-1)
+    above = jnp.concatenate([transpose(basis) @ basis, p.c], axis=-1)
     below = jnp.concatenate([transpose(p.c), p.gram], axis=-1)
     upper, mix = cholesky(jnp.concatenate([above, below], axis=-2))
-    coordinates = product(upper, jnp.concatenate([p.in_basis, p.in_y], axis=-2)) * top
+    coordinates = upper @ jnp.concatenate([p.in_basis, p.in_y], axis=-2) * top
     return Extension(p.y, mix, upper[..., :r], coordinates)
+
+
+@precise
+def gram_qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`orthonormalize` by Gram matrices, see `extend`: Q `(..., m, k)` and R `(..., k, k)`, for k <= m."""
+    e = extend(x[..., :0], x)
+    return e.block @ e.mix, e.x
 
 
 def cholesky(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -192,11 +204,6 @@ def cholesky(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     upper, inverse = _each_matrix(one, x)
     return upper, inverse
-
-
-def product(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The matrix product in full precision, which accelerators do not give by default."""
-    return jnp.matmul(x, y, precision="highest")
 
 
 def _noise(m: int, k: int, dtype: Any) -> jax.Array:

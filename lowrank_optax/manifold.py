@@ -56,6 +56,7 @@ def rank(W: LowRank) -> jax.Array:
     return jnp.sum(singular_values(W) > 0, axis=-1, dtype=jnp.int32)
 
 
+@linalg.precise
 def rotate(x: LowRank, p: jax.Array, q: jax.Array) -> LowRank:
     """The triple x (factor gradients or a tangent vector) in the bases U P and V Q.
 
@@ -65,6 +66,7 @@ def rotate(x: LowRank, p: jax.Array, q: jax.Array) -> LowRank:
     return LowRank(x.U @ p, transpose(p) @ x.S @ q, x.V @ q)
 
 
+@linalg.precise
 def rotate_tangent(xi: LowRank, p: jax.Array, q: jax.Array) -> LowRank:
     """The same tangent vector for the bases U P and V Q: `U_p V^T = (U_p Q)(V Q)^T`."""
     return LowRank(xi.U @ q, transpose(p) @ xi.S @ q, xi.V @ p)
@@ -80,6 +82,7 @@ def rotate_tangent_squared(x: LowRank, p: jax.Array, q: jax.Array) -> LowRank:
     return LowRank(jnp.square(turned.U), jnp.square(turned.S), jnp.square(turned.V))
 
 
+@linalg.precise
 def project(W: LowRank, grads: LowRank, active: jax.Array) -> LowRank:
     r"""Projects the gradient onto the tangent space, given the gradients of the factors.
 
@@ -114,6 +117,7 @@ def project(W: LowRank, grads: LowRank, active: jax.Array) -> LowRank:
     return LowRank(horizontal(W.U, grads.U), m, horizontal(W.V, grads.V))
 
 
+@linalg.precise
 def make_horizontal(W: LowRank, xi: LowRank, active: jax.Array) -> LowRank:
     """Restores `U^T U_p = 0` and `V^T V_p = 0`, which an elementwise optimizer breaks."""
     u, v = (jnp.where(active[..., None, :], x, 0.0) for x in (W.U, W.V))
@@ -137,16 +141,18 @@ class Basis(NamedTuple):
     blocks: tuple[jax.Array, ...]
     mix: jax.Array
 
+    @linalg.precise
     def __matmul__(self, x: jax.Array) -> jax.Array:
         """Combinations of the columns, `(batch..., m, p) @ (batch..., p, q)`."""
-        return self._replace(mix=linalg.product(self.mix, x)).array()
+        return self._replace(mix=self.mix @ x).array()
 
+    @linalg.precise
     def array(self) -> jax.Array:
         """The columns, `(batch..., m, p)`."""
         start, total = 0, jnp.zeros((), self.mix.dtype)
         for block in self.blocks:
             stop = start + block.shape[-1]
-            total = total + linalg.product(block, self.mix[..., start:stop, :])
+            total = total + block @ self.mix[..., start:stop, :]
             start = stop
         return total
 
@@ -171,6 +177,7 @@ class Frame(NamedTuple):
     right_new: jax.Array
 
 
+@linalg.precise
 def augment(W: LowRank, xi: LowRank, rank: jax.Array, width: int) -> Frame:
     """Orthonormal bases of the spans of [U, U_p] and [V, V_p], those of their QR.
 
@@ -212,7 +219,7 @@ def augment(W: LowRank, xi: LowRank, rank: jax.Array, width: int) -> Frame:
 
         def padded() -> tuple[jax.Array, jax.Array, jax.Array]:
             q, left, left_new = ordered(e.basis, e.x)
-            return linalg.product(e.mix, q), left, left_new
+            return e.mix @ q, left, left_new
 
         if width < 2 * r:
             mix, left, left_new = padded()
@@ -234,6 +241,7 @@ def augmented_block(S: jax.Array, rank: jax.Array) -> jax.Array:
     return rows & linalg.leading(2 * rank, S.shape[-1])[..., None, :]
 
 
+@linalg.precise
 def coefficients(frame: Frame, xi: LowRank) -> jax.Array:
     r"""The matrix of a tangent vector in the frame, `(batch..., p, q)`.
 
@@ -246,11 +254,13 @@ def coefficients(frame: Frame, xi: LowRank) -> jax.Array:
     )
 
 
+@linalg.precise
 def congruence(x: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
     """`left x right^T`: carries weights, gradients and first moments between bases."""
     return left @ x @ transpose(right)
 
 
+@linalg.precise
 def congruence_squared(x: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
     """`(left sqrt(x) right^T)^2` elementwise: carries second moments, and keeps them non-negative."""
     return jnp.square(left @ jnp.sqrt(jnp.maximum(x, 0.0)) @ transpose(right))
@@ -276,6 +286,7 @@ def retract_svd(y: jax.Array, r: int) -> Retraction:
     return Retraction(p[..., :r], q[..., :r], sigma)
 
 
+@linalg.precise
 def retract_bug(y: jax.Array, frame: Frame, active: jax.Array) -> Retraction:
     r"""The basis-update and Galerkin step: no SVD of the frame's size, and a fixed rank.
 
@@ -308,6 +319,7 @@ def align(retraction: Retraction, overlap: jax.Array) -> Retraction:
     return retraction._replace(left=retraction.left * sign, right=retraction.right * sign)
 
 
+@linalg.precise
 def assemble(frame: Frame, retraction: Retraction, rank: jax.Array) -> LowRank:
     """The kernel after truncation to `rank` (at most r) singular values."""
     r = retraction.left.shape[-1]
@@ -315,6 +327,7 @@ def assemble(frame: Frame, retraction: Retraction, rank: jax.Array) -> LowRank:
     return LowRank(frame.U @ retraction.left, linalg.diagonal(sigma), frame.V @ retraction.right)
 
 
+@linalg.precise
 def transport(xi: LowRank, old: LowRank, new: LowRank, active: jax.Array) -> LowRank:
     r"""Carries a tangent vector at `old` to `new` by projection onto the tangent space there.
 
@@ -339,6 +352,7 @@ def transport(xi: LowRank, old: LowRank, new: LowRank, active: jax.Array) -> Low
     return LowRank(xi_v - u_new @ m, m, xi_u - v_new @ transpose(m))
 
 
+@linalg.precise
 def transport_squared(x: LowRank, old: LowRank, new: LowRank, active: jax.Array) -> LowRank:
     """Carries second moments of the triple: `rotate_tangent_squared` with P = U^T U' and Q = V^T V'."""
     p = transpose(old.U) @ jnp.where(active[..., None, :], new.U, 0.0)

@@ -357,13 +357,10 @@ def orthogonalize(ns_steps: int = 5) -> optax.GradientTransformationExtraArgs:
 def _polar(xi: LowRank, steps: int, scale: float) -> LowRank:
     """The tangent part of the polar factor of a horizontal triple, through its 2r x 2r coefficient matrix."""
     r = xi.rank
-    # The QR of the block by Gram matrices: that of nothing, extended.
-    left, right = (linalg.extend(x[..., :0], x) for x in (xi.U, xi.V))
-    ru, rv = left.x, right.x
+    u, ru = linalg.gram_qr(xi.U)
+    v, rv = linalg.gram_qr(xi.V)
     zero = jnp.zeros((*xi.batch_shape, ru.shape[-2], rv.shape[-2]), xi.S.dtype)
     top = jnp.concatenate([xi.S, linalg.transpose(rv)], axis=-1)
     y = jnp.concatenate([top, jnp.concatenate([ru, zero], axis=-1)], axis=-2)
     z = scale * linalg.newton_schulz(y, steps)
-    u = linalg.product(left.block, linalg.product(left.mix, z[..., r:, :r]))
-    v = linalg.product(right.block, linalg.product(right.mix, linalg.transpose(z[..., :r, r:])))
-    return LowRank(u, z[..., :r, :r], v)
+    return LowRank(u @ z[..., r:, :r], z[..., :r, :r], v @ linalg.transpose(z[..., :r, r:]))

@@ -155,6 +155,12 @@ def test_extend_is_householder_qr_where_that_is_determined() -> None:
     np.testing.assert_allclose(np.concatenate([basis_part, x_part], axis=-1) / size, r / size, atol=1e-10)
 
 
+def test_gram_qr_is_householder_qr() -> None:
+    x = random(2, 7, 3) * np.geomspace(1, 1e-6, 3)
+    for a, b in zip(linalg.gram_qr(jnp.asarray(x)), linalg.orthonormalize(jnp.asarray(x)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-14)  # well conditioned but for the scale of the columns
+
+
 @pytest.mark.parametrize("shape", [(4, 4), (5, 3), (3, 5), (1, 4), (4, 1), (2, 5, 3), (2, 1, 3, 5)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_svd_returns_q_and_not_its_transpose(shape: tuple[int, ...], dtype: Any) -> None:

@@ -228,7 +228,6 @@ def fixed_rank(
                     method, split, point, grads, extra, state.phase, local_steps, move_ordinary
                 )
             else:
-                point, grads = st.canonicalize(method, split, point, grads)
                 if galerkin:
                     at = functools.partial(_gradients_at, grad_fn, params, split)
                     moved = st.coefficient_step(method, split, point, grads, extra, at, local_steps)
@@ -319,7 +318,6 @@ def _galerkin_call(
     """One of the `local_steps + 1` calls of a galerkin loop."""
 
     def first(point: st.Point, grads: Any) -> st.Point:
-        point, grads = st.canonicalize(method, split, point, grads)
         return st.augment_step(method, split, point, grads, extra, move_ordinary)
 
     def later(point: st.Point, grads: Any) -> st.Point:

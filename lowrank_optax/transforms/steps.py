@@ -125,23 +125,33 @@ class Point(NamedTuple):
     finite: jax.Array
 
 
-def canonicalize(method: Method, split: Split, point: Point, grads: Any) -> tuple[Point, Any]:
-    """Brings kernels, gradients and moments to the canonical gauge, where they usually are already."""
-    ok = jnp.all(jnp.stack([mf.is_canonical(W) for W in split.kernels(point.params)]))
+Kernels = list[LowRank]  # one stacked kernel for each group of a Split
 
-    def turn(point: Point, grads: Any) -> tuple[Point, Any]:
-        Ws = split.kernels(point.params)
+
+@linalg.precise
+def canonicalize(method: Method, split: Split, point: Point, grads: Any) -> tuple[Point, Kernels, Kernels]:
+    """Brings kernels, gradients and moments to the canonical gauge, where they usually are already.
+
+    Returns:
+      The point, whose kernels are not to be used any more; the kernels and their gradients, group by group.
+    """
+    Ws, gs = split.kernels(point.params), split.kernels(grads)
+    ok = jnp.all(jnp.stack([mf.is_canonical(W) for W in Ws]))
+
+    def turn(Ws: Kernels, gs: Kernels, inner_state: Any) -> tuple[Kernels, Kernels, Any, jax.Array]:
         gauges = [mf.gauge(W) for W in Ws]
         turned = [
             LowRank(W.U @ p, linalg.diagonal(sigma), W.V @ q) for W, (p, sigma, q) in zip(Ws, gauges, strict=True)
         ]
-        gs = [mf.rotate(g, p, q) for g, (p, _, q) in zip(split.kernels(grads), gauges, strict=True)]
+        gs = [mf.rotate(g, p, q) for g, (p, _, q) in zip(gs, gauges, strict=True)]
         changes = [gauge_change(method.tangent, p, q) for p, _, q in gauges]
-        inner_state, finite = method.carry(point.inner_state, split, changes)
-        params = split.merge(turned, split.ordinary(point.params))
-        return Point(params, point.kernels, inner_state, point.finite & finite), split.merge(gs, split.ordinary(grads))
+        return turned, gs, *method.carry(inner_state, split, changes)
 
-    return jax.lax.cond(ok, lambda *same: same, turn, point, grads)
+    def same(Ws: Kernels, gs: Kernels, inner_state: Any) -> tuple[Kernels, Kernels, Any, jax.Array]:
+        return Ws, gs, inner_state, jnp.ones((), bool)
+
+    Ws, gs, inner_state, finite = jax.lax.cond(ok, same, turn, Ws, gs, point.inner_state)
+    return point._replace(inner_state=inner_state, finite=point.finite & finite), Ws, gs
 
 
 def _states(split: Split, states: list[KernelState]) -> Any:
@@ -200,15 +210,16 @@ def coefficient_step(
     Args:
       method: options.
       split: places of the kernels.
-      point: parameters in the canonical gauge.
+      point: where the step starts, in any gauge.
       grads: gradients of the factors and of ordinary leaves.
       extra: extra arguments for the inner transformation.
       grad_fn: None for one update with the projected gradient. Otherwise gradients at flattened parameters, for
         `local_steps` updates with the galerkin gradient in the augmented bases.
       local_steps: see `grad_fn`.
     """
-    Ws, ks = split.kernels(point.params), split.kernels(point.kernels)
-    xis = [_project(W, g, k) for W, g, k in zip(Ws, split.kernels(grads), ks, strict=True)]
+    point, Ws, gs = canonicalize(method, split, point, grads)
+    ks = split.kernels(point.kernels)
+    xis = [_project(W, g, k) for W, g, k in zip(Ws, gs, ks, strict=True)]
     frames = [mf.augment(W, xi, k.rank, 2 * W.rank) for W, xi, k in zip(Ws, xis, ks, strict=True)]
     S = [mf.congruence(W.S, f.left, f.right) for W, f in zip(Ws, frames, strict=True)]
     changes = [coefficient_change(f.left, f.right) for f in frames]
@@ -216,9 +227,9 @@ def coefficient_step(
     ordinary = split.ordinary(point.params)
 
     if grad_fn is None:
-        gs = [mf.coefficients(f, xi) for f, xi in zip(frames, xis, strict=True)]
+        coefficients = (mf.coefficients(f, xi) for f, xi in zip(frames, xis, strict=True))
         steps, inner_state = method.inner.update(
-            split.merge(gs, split.ordinary(grads)), inner_state, split.merge(S, ordinary), **extra
+            split.merge(coefficients, split.ordinary(grads)), inner_state, split.merge(S, ordinary), **extra
         )
         ys = [s + d for s, d in zip(S, split.kernels(steps), strict=True)]
         updates = split.ordinary(steps)
@@ -242,8 +253,9 @@ def coefficient_step(
 
 def tangent_step(method: Method, split: Split, point: Point, grads: Any, extra: dict[str, Any]) -> Point:
     """One whole step with moments that are tangent vectors: nothing that leaves the bases is lost."""
-    Ws, ks = split.kernels(point.params), split.kernels(point.kernels)
-    xis = [_project(W, g, k) for W, g, k in zip(Ws, split.kernels(grads), ks, strict=True)]
+    point, Ws, gs = canonicalize(method, split, point, grads)
+    ks = split.kernels(point.kernels)
+    xis = [_project(W, g, k) for W, g, k in zip(Ws, gs, ks, strict=True)]
     steps, inner_state = method.inner.update(
         split.merge(xis, split.ordinary(grads)),
         point.inner_state,
@@ -278,9 +290,9 @@ def augment_step(
     move_ordinary: bool,
 ) -> Point:
     """The first batch of a galerkin loop: bases grow within the width of the factors, W stays."""
-    inner_state = point.inner_state
+    point, Ws, gs = canonicalize(method, split, point, grads)
+    inner_state, ks = point.inner_state, split.kernels(point.kernels)
     updates = [jnp.zeros_like(x) for x in split.ordinary(point.params)]
-    Ws, ks = split.kernels(point.params), split.kernels(point.kernels)
     if move_ordinary:
         steps, after = method.inner.update(
             split.merge((jnp.zeros_like(W.S) for W in Ws), split.ordinary(grads)),
@@ -292,7 +304,7 @@ def augment_step(
         updates = split.ordinary(steps)
 
     new, states, changes = [], [], []
-    for W, g, k in zip(Ws, split.kernels(grads), ks, strict=True):
+    for W, g, k in zip(Ws, gs, ks, strict=True):
         xi = _project(W, g, k)
         frame = mf.augment(W, xi, k.rank, W.rank)
         new.append(LowRank(frame.U.array(), mf.congruence(W.S, frame.left, frame.right), frame.V.array()))

@@ -1,0 +1,47 @@
+"""Run the benchmarks, each case in a process of its own, and write a record, a table and a picture.
+
+python -m benchmarks                    # under 10 minutes on two cores
+python -m benchmarks --smoke            # seconds, for tests
+python -m benchmarks --out runs/bench --only size
+taskset -c 0 python -m benchmarks       # one core; on a GPU the same command
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks import cases, measure, report
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="one small case of each kind")
+    parser.add_argument("--only", choices=("size", "phases", "depth"), help="cases of one kind")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder (default: %(default)s)")
+    args = parser.parse_args(argv)
+    machine = measure.machine()
+    chosen = (cases.smoke if args.smoke else cases.every)(machine["platform"])
+    chosen = [case for case in chosen if args.only in (None, case["kind"])]
+    args.out.mkdir(parents=True, exist_ok=True)
+    since, records = time.perf_counter(), []
+    for case in tqdm(chosen, unit="case", disable=args.smoke):
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.cases", json.dumps(case)], stdout=subprocess.PIPE, text=True
+        )
+        if done.returncode:
+            sys.exit(f"{json.dumps(case)} failed with exit status {done.returncode}")
+        records.append(json.loads(done.stdout.splitlines()[-1]))
+        result = {"machine": machine, "seconds": round(time.perf_counter() - since), "cases": records}
+        (args.out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
+    report.write(args.out)
+    print((args.out / "bench.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

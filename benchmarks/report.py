@@ -1,0 +1,112 @@
+"""The table and the picture of a record that `python -m benchmarks` wrote."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from benchmarks.subjects import LABELS
+
+
+def write(out: Path) -> None:
+    """Writes `bench.md` and `bench.png` beside `bench.json`."""
+    result = json.loads((out / "bench.json").read_text())
+    groups = {kind: [c for c in result["cases"] if c["kind"] == kind] for kind in ("size", "phases", "depth")}
+    parts = [header(result)]
+    parts += [size_table(case) for case in groups["size"]]
+    parts += [phases_table(case) for case in groups["phases"]]
+    if groups["depth"]:
+        parts.append(depth_table(groups["depth"]))
+    if groups["size"]:
+        picture(groups["size"], out / "bench.png")
+    (out / "bench.md").write_text("\n\n".join(parts) + "\n")
+
+
+def header(result: dict[str, Any]) -> str:
+    m = result["machine"]
+    return (
+        f"{m['device']}, {m['platform']}, cores: {m['cores']}, jax {m['jax']}, Python {m['python']}; "
+        f"{result['seconds']} s in all. Times are medians with quartiles; ratios are taken within rounds. "
+        "Peak is what the compiled step needs: arguments, results and temporaries."
+    )
+
+
+def spread(x: dict[str, float], digits: int = 0) -> str:
+    return f"{x['median']:.{digits}f} ({x['low']:.{digits}f}-{x['high']:.{digits}f})"
+
+
+def size_table(case: dict[str, Any]) -> str:
+    first = next(iter(case["methods"]))
+    rows = [
+        f"**d = {case['d']}, r = {case['rank']}, {case['layers']} blocks, {case['tokens']:,} tokens, {case['dtype']}**",
+        "",
+        "| method | step, ms | over dense AdamW | update, ms | its share | parameters, MB | state, MB | peak, MB "
+        "| compile, s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, m in case["methods"].items():
+        over = "1" if name == first else spread(m["ratio"][first], 2)
+        mb = [m[key] / 1e6 for key in ("params_bytes", "state_bytes", "peak_bytes")]
+        rows.append(
+            f"| {LABELS[name]} | {spread(m['step_ms'])} | {over} | {spread(m['update_ms'])} | "
+            f"{100 * m['share']['median']:.0f} % | {mb[0]:.1f} | {mb[1]:.2f} | {mb[2]:.0f} | "
+            f"{m['trace_s'] + m['compile_s']:.1f} |"
+        )
+    return "\n".join(rows)
+
+
+def phases_table(case: dict[str, Any]) -> str:
+    phases = case["phases"]
+    step = phases["step"]["median"]
+    rows = [
+        f"**Where a step of low-rank Adam goes: d = {case['d']}, r = {case['rank']}, {case['layers']} blocks**",
+        "",
+        "| part | ms | share of the step |",
+        "|---|---|---|",
+    ]
+    rows += [f"| {k} | {spread(t, 1)} | {100 * t['median'] / step:.0f} % |" for k, t in phases.items()]
+    return "\n".join(rows)
+
+
+def depth_table(cases: list[dict[str, Any]]) -> str:
+    rows = [
+        f"**Compile time of a whole step against depth: d = {cases[0]['d']}, r = {cases[0]['rank']}**",
+        "",
+        "| blocks | dense, s | low rank, s | ratio | dense step, ms | low-rank step, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in cases:
+        full, low = (case["methods"][name] for name in ("full", "lowrank_adam"))
+        seconds = [m["trace_s"] + m["compile_s"] for m in (full, low)]
+        rows.append(
+            f"| {case['layers']} | {seconds[0]:.1f} | {seconds[1]:.1f} | {seconds[1] / seconds[0]:.2f} | "
+            f"{spread(full['step_ms'])} | {spread(low['step_ms'])} |"
+        )
+    return "\n".join(rows)
+
+
+def picture(cases: list[dict[str, Any]], path: Path) -> None:
+    """Step and update against r (m + n), with the time of the products at the machine's best rate."""
+    points = []
+    for case in cases:
+        low = case["methods"].get("lowrank_adam")
+        if low and case["dtype"] == "float32":
+            each = 18 * case["d"] * case["rank"] * case["layers"]  # sum of r (m + n): 4 of d x d, 2 of d x 4d
+            floor = 1e3 * case["flops"]["low rank"] / case["matmul_rate"]
+            points.append((each, low["step_ms"]["median"], low["update_ms"]["median"], floor, case["d"]))
+    fig, ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for d in sorted({p[4] for p in points}):
+        chosen = sorted(p for p in points if p[4] == d)
+        xs = [p[0] for p in chosen]
+        (line,) = ax.loglog(xs, [p[1] for p in chosen], "o-", label=f"step, d = {d}")
+        ax.loglog(xs, [p[2] for p in chosen], "s:", color=line.get_color(), label=f"update, d = {d}")
+    floor = sorted((p[0], p[3]) for p in points)
+    ax.loglog(*zip(*floor, strict=True), "k--", label="products at the matmul rate")
+    ax.set(xlabel="sum of r (m + n) over the kernels", ylabel="milliseconds")
+    ax.legend(fontsize=8)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)

@@ -1,0 +1,158 @@
+"""What is measured: a transformer on random bytes, and one training step of it by each method."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import lowrank_optax as lro
+from experiments import gpt, kernels, methods, pretrain
+from experiments.task import Task
+
+HEAD = 64  # width of an attention head
+LABELS = {
+    "full": "dense, AdamW",
+    "full_muon": "dense, Muon",
+    "galore": "dense, GaLore",
+    "factors": "A B, AdamW",
+    "lowrank_adam": "low-rank Adam",
+    "lowrank_adam:tangent": "low-rank Adam, tangent momentum",
+    "lowrank_adam:bug": "low-rank Adam, bug retraction",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Sizes of the model, of the kernels' rank and of the batch."""
+
+    d: int
+    rank: int
+    layers: int
+    tokens: int = 2048
+    context: int = 256
+    dtype: str = "float32"
+
+    @property
+    def config(self) -> pretrain.Pretrain:
+        # The schedule is that of a long run, so that GaLore changes its subspace every 200 steps, its default.
+        return pretrain.Pretrain(
+            d=self.d,
+            layers=self.layers,
+            heads=max(1, self.d // HEAD),
+            context=self.context,
+            rank=self.rank,
+            dtype=self.dtype,
+            batch=self.tokens // self.context,
+            steps=6000,
+        )
+
+
+@dataclasses.dataclass
+class Subject:
+    """One method: parameters, optimizer state, and the functions to time."""
+
+    params: Any
+    state: Any
+    batch: jax.Array
+    gradient: Callable[..., Any]
+    update: Callable[..., Any]
+
+    def step(self, params: Any, state: Any, batch: jax.Array) -> tuple[Any, Any, jax.Array]:
+        """A whole training step."""
+        loss, grads = self.gradient(params, batch)
+        return *self.update(grads, params, state), loss
+
+
+def build(name: str, size: Size) -> Subject:
+    """The method `name`, or `name:option`, at its start."""
+    name, _, option = name.partition(":")
+    config = size.config
+    if option:
+        config = dataclasses.replace(config, **{"retraction" if option == "bug" else "momentum": option})
+    elif name.startswith("lowrank"):
+        config = dataclasses.replace(config, momentum="coefficient")
+    task, method = task_of(size), methods.METHODS[name]
+    params = jax.jit(lambda key: start(task, method.form, size.rank, key))(jax.random.key(0))
+    tx = methods.optimizer(name, task, config)
+    apply_fn = pair_apply(task.model) if method.form == "pair" else methods.apply(method, task.model)
+    tokens = np.random.default_rng(0).integers(0, gpt.VOCABULARY, (config.batch, size.context + 1), np.int32)
+
+    def gradient(params: Any, batch: jax.Array) -> Any:
+        return jax.value_and_grad(lambda p: task.loss(apply_fn, p, batch)[0])(params)
+
+    def update(grads: Any, params: Any, state: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return Subject(params, jax.jit(tx.init)(params), jnp.asarray(tokens), gradient, update)
+
+
+def task_of(size: Size) -> Task:
+    """The task of the pre-training experiment, without its text."""
+    config = size.config
+    model = gpt.GPT(gpt.GPTConfig(config.d, config.layers, config.heads, config.context, config.dtype))
+    example = jax.ShapeDtypeStruct((1, config.context), jnp.int32)
+    return Task(
+        data="random bytes",
+        model=model,
+        init=lambda key: model.init(key, jnp.zeros(example.shape, example.dtype))["params"],
+        is_kernel=gpt.is_block_kernel,
+        loss=pretrain.loss_fn,
+        batch=lambda seed, step: None,
+        validation=(),
+        unit="nats/byte",
+        work=("tokens", size.tokens),
+    )
+
+
+def start(task: Task, form: str, rank: int, key: jax.Array) -> Any:
+    """Random parameters, the kernels in the form of the method and drawn in it: an SVD of each would take minutes."""
+    dense = task.init(key)
+    if form == "dense":
+        return dense
+
+    def one(path: Any, leaf: jax.Array) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not task.is_kernel(name, leaf.shape):
+            return leaf
+        W = lro.lowrank_init(rank)(key, leaf.shape, leaf.dtype)
+        return kernels.balanced(W) if form == "pair" else W
+
+    return jax.tree_util.tree_map_with_path(one, dense)
+
+
+def pair_apply(model: nn.Module) -> Callable[..., Any]:
+    """The model with kernels A B, `(x A) B`: without the product with an identity of `kernels.apply`."""
+
+    def product(run: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        if isinstance(context.module, nn.Dense) and context.method_name == "__call__":
+            kernel = context.module.get_variable("params", "kernel")
+            if isinstance(kernel, kernels.Pair):
+                x, A, B = (jnp.asarray(y, context.module.dtype) for y in (*args, kernel.A, kernel.B))
+                return (x @ A) @ B
+        return run(*args, **kwargs)
+
+    def applied(variables: Any, *args: Any) -> Any:
+        with nn.intercept_methods(product):
+            return model.apply(variables, *args)
+
+    return applied
+
+
+@functools.cache
+def flops(size: Size, form: str) -> float:
+    """Operations of the products with the block kernels in a forward and a backward pass."""
+    d, r = size.d, size.rank
+    shapes = [(d, d)] * 4 + [(d, 4 * d), (4 * d, d)]
+    each = {
+        "dense": sum(m * n for m, n in shapes),
+        "pair": sum(r * (m + n) for m, n in shapes),
+        "low rank": sum(r * (m + n) + r * r for m, n in shapes),
+    }
+    return 6.0 * size.tokens * size.layers * each[form]
