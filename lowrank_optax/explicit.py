@@ -28,7 +28,7 @@ class Placement:
 
     def __init__(self, params: Any):
         meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(params) if isinstance(x, jax.Array))
-        self._mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
+        self._mesh: Any = next((mesh for mesh in meshes if mesh.explicit_axes), None)
         self._params = params
 
     def auto(self, f: Callable[..., Any], *args: Any, like: Any = None) -> Any:

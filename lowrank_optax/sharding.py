@@ -133,21 +133,23 @@ def _spec(name: str, x: Any, dense: Any) -> Any:
         return dense
     axes = (*dense, *(None,) * (x.ndim - len(dense)))
     b, i = len(x.batch_shape), len(x.batch_shape) + len(x.in_shape)
-    return LowRank(_short(axes[:i]), _short(axes[:b]), _short(axes[:b] + axes[i:]))
+    factors: Any = (axes[:i], axes[:b], axes[:b] + axes[i:])
+    return LowRank(*map(_short, factors))
 
 
-def _short(axes: tuple[Any, ...]) -> PartitionSpec:
+def _short(axes: tuple[Any, ...]) -> Any:
     """The spec without replicated axes at its end, which is how XLA spells the shardings of outputs."""
     while axes and axes[-1] is None:
         axes = axes[:-1]
     return PartitionSpec(*axes)
 
 
-def _kernel_mirror(x: Any, W: LowRank, spec: LowRank) -> Any:
+def _kernel_mirror(x: Any, W: LowRank, spec: Any) -> Any:
     """The spec of a triple or of coefficients that the state keeps of the kernel W."""
     if is_lowrank(x):
         factors = zip((x.U, x.S, x.V), (W.U, W.S, W.V), (spec.U, spec.S, spec.V), strict=True)
-        return LowRank(*(_factor_mirror(y, factor, s, len(W.batch_shape)) for y, factor, s in factors))
+        mirrors: Any = (_factor_mirror(y, factor, s, len(W.batch_shape)) for y, factor, s in factors)
+        return LowRank(*mirrors)
     return spec.S if jnp.ndim(x) == jnp.ndim(W.S) else PartitionSpec()
 
 

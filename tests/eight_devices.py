@@ -150,7 +150,9 @@ def update(name: str, m: int, n: int, r: int) -> Any:
     return measure(d.OPTIMIZERS[name](), m, n, r, mesh, P("fsdp", "tensor"))
 
 
-@pytest.mark.parametrize(("name", "most"), [("adam", 16), ("adam-balanced", 16), ("muon-balanced", 16), ("muon-tangent", 28)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("adam", 16), ("adam-balanced", 16), ("muon-balanced", 16), ("muon-tangent", 28)]
+)
 def test_update_sums_r_by_r_matrices_only(name, most):
     """Rows of U and V over two axes: `most` r^2 numbers a kernel, whatever m and n, and nothing is gathered."""
     r = 4
