@@ -78,6 +78,11 @@ def states(config: matrix.Matrix) -> Iterator[tuple[int, Any]]:
             yield step, trainer.saved(state)
 
 
+def opened(folder: Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(lightweight_initialize=True)  # metadata may be damaged
+    return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
 class Run:
     """One training run in `folder`, in as many processes as it takes."""
 
@@ -128,7 +133,7 @@ class Run:
             metrics.read(self.folder / f"{METHOD}.jsonl")
         if not stood:
             return {"step": None, "result": "whole"}
-        with watched() as named, ocp.CheckpointManager(self.checkpoints.absolute()) as manager:
+        with watched() as named, opened(self.checkpoints) as manager:
             restored = lro.checkpoint.restore(manager)
         if restored is None or restored.step < max(stood):
             result = "lost"
@@ -166,7 +171,7 @@ def whole(folder: Path) -> dict[int, str]:
     shutil.rmtree(folder, ignore_errors=True)
     config, _ = parse(matrix.Matrix, [*FLAGS, "--out", str(folder)])
     contents = {}
-    with ocp.CheckpointManager(folder.absolute()) as manager:
+    with opened(folder) as manager:
         for step, tree in itertools.islice(states(config), 2):
             contents[step] = digest(tree)
             lro.checkpoint.save(manager, step, tree)
@@ -181,12 +186,12 @@ def damaged(folder: Path, contents: dict[int, str], work: Path, rng: random.Rand
     old, new = sorted(contents)
     files = sorted(path for path in (work / str(new)).rglob("*") if path.is_file() and path.stat().st_size)
     kind = damage(rng.choice(files), rng)
-    with ocp.CheckpointManager(work.absolute()) as manager:
+    with opened(work) as manager:
         try:
             alone = "newer" if digest(manager.restore(new)) == contents[new] else "wrong values"
         except Exception:  # of any kind, like the damage
             alone = "error"
-    with watched() as named, ocp.CheckpointManager(work.absolute()) as manager:
+    with watched() as named, opened(work) as manager:
         step, tree = lro.checkpoint.restore(manager)
     right = digest(tree) == contents[step] and bool(named) == (step == old)
     result = {new: "newer", old: "older, newer named"}[step] if right else "wrong"

@@ -112,6 +112,7 @@ def train(config: Config, session: Session, name: str, interrupted: Callable[[],
     options = ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.LatestN(2),  # the older one in case the newest is damaged
         cleanup_tmp_directories=True,  # of saves that a kill cut off
+        lightweight_initialize=True,  # reads no metadata, which may be damaged
     )
     with ocp.CheckpointManager(folder, options=options) as manager:
         state = restore(manager, state)

@@ -65,7 +65,8 @@ def restore(manager: ocp.CheckpointManager, like: Any = None, step: int | None =
 
     A checkpoint that cannot be read, or whose values are not those that were saved, is named in a warning and
     skipped for the next older one. Its folder gets the ending `.damaged` and a number, so that the step can be
-    saved again. Keep more than one checkpoint (`preservation_policy` of the manager).
+    saved again. Keep more than one checkpoint (`preservation_policy` of the manager), and open the manager with
+    `lightweight_initialize=True`, or damaged metadata of one step may keep it from opening.
 
     Args:
       manager: that of `save`. Checkpoints that `manager.save` wrote without `save` are read and not checked.
