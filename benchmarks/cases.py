@@ -16,7 +16,7 @@ from lowrank_optax import linalg
 from lowrank_optax import manifold as mf
 
 ALL = ["full", "full_muon", "galore", "factors", "lowrank_adam"]
-MORE = ["lowrank_adam:tangent", "lowrank_adam:bug"]
+MORE = ["lowrank_adam:coefficient", "lowrank_adam:tangent", "lowrank_adam:bug"]
 
 
 def every(platform: str) -> list[dict[str, Any]]:
@@ -95,8 +95,11 @@ def _update(update: measure.Program, subject: Subject, grads: Any) -> Any:
 
 
 def phases_case(size: Size, repeats: int) -> dict[str, Any]:
-    """Where the time of low-rank Adam goes. The parts are programs of their own; what is left is called the rest."""
-    subject = subjects.build("lowrank_adam", size)
+    """Where the time of low-rank Adam with coefficient momentum goes.
+
+    The parts are programs of their own; what is left is called the rest.
+    """
+    subject = subjects.build("lowrank_adam:coefficient", size)
     gradient = measure.program(lambda p, b: subject.gradient(p, b)[1], subject.params, subject.batch)
     grads = gradient.call(subject.params, subject.batch)
     step = measure.program(subject.step, subject.params, subject.state, subject.batch)

@@ -141,8 +141,10 @@ def main() -> None:
     print(f"{devices} devices ({jax.devices()[0].device_kind}), jax {jax.__version__}, float32")
     optimizers = {
         "adam": lro.lowrank_adam(1e-3),
+        "adam, coefficient": lro.lowrank_adam(1e-3, momentum="coefficient"),
         "adam, tangent": lro.lowrank_adam(1e-3, momentum="tangent"),
         "muon": lro.lowrank_muon(1e-3),
+        "muon, coefficient": lro.lowrank_muon(1e-3, momentum="coefficient"),
         "muon, tangent": lro.lowrank_muon(1e-3, momentum="tangent"),
     }
     mesh = jax.make_mesh((devices // 2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)

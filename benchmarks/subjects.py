@@ -22,8 +22,9 @@ LABELS = {
     "galore": "dense, GaLore",
     "factors": "A B, AdamW",
     "lowrank_adam": "low-rank Adam",
+    "lowrank_adam:coefficient": "low-rank Adam, coefficient momentum",
     "lowrank_adam:tangent": "low-rank Adam, tangent momentum",
-    "lowrank_adam:bug": "low-rank Adam, bug retraction",
+    "lowrank_adam:bug": "low-rank Adam, coefficient momentum, bug retraction",
 }
 
 
@@ -74,9 +75,8 @@ def build(name: str, size: Size) -> Subject:
     name, _, option = name.partition(":")
     config = size.config
     if option:
-        config = dataclasses.replace(config, **{"retraction" if option == "bug" else "momentum": option})
-    elif name.startswith("lowrank"):
-        config = dataclasses.replace(config, momentum="coefficient")
+        retraction, momentum = ("bug", "coefficient") if option == "bug" else ("svd", option)
+        config = dataclasses.replace(config, retraction=retraction, momentum=momentum)
     task, method = task_of(size), methods.METHODS[name]
     params = jax.jit(lambda key: start(task, method.form, size.rank, key))(jax.random.key(0))
     tx = methods.optimizer(name, task, config)
