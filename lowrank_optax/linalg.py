@@ -144,7 +144,8 @@ def extend(basis: jax.Array, x: jax.Array) -> Extension:
     (m, k), r, eps = x.shape[-2:], basis.shape[-1], float(jnp.finfo(x.dtype).eps)
     top = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
     y = x / jnp.where(top > 0, top, 1.0)
-    y = y + jnp.where(top > 0, eps, 1.0) * jnp.broadcast_to(_noise(m, k, x.dtype), x.shape)
+    size = jnp.where(top > 0, jnp.full_like(top, eps), jnp.ones_like(top))
+    y = y + size * jnp.broadcast_to(_noise(m, k, x.dtype), x.shape)
     eye = jnp.broadcast_to(jnp.eye(k, dtype=x.dtype), (*x.shape[:-2], k, k))
 
     def complement(p: _Pass) -> tuple[jax.Array, jax.Array]:
@@ -212,7 +213,8 @@ def _noise(m: int, k: int, dtype: Any) -> jax.Array:
     x = i * jnp.uint32(k) + j
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
-    return jnp.where(x >> 31 == 0, 1.0, -1.0).astype(dtype) / m**0.5
+    one = jnp.ones((), dtype)
+    return jnp.where(x >> 31 == 0, one, -one) / m**0.5
 
 
 def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
