@@ -145,8 +145,9 @@ def extend(basis: jax.Array, x: jax.Array) -> Extension:
     top = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
     y = x / jnp.where(top > 0, top, 1.0)
     noise = jnp.broadcast_to(_noise(m, k, x.dtype), x.shape)
+    size = jnp.where(top > 0, jnp.full_like(top, eps), jnp.ones_like(top))
     # The factor keeps equal columns apart where the sum is rounded away, the sum where both are zero.
-    y = y * (1 + 2 * eps * jnp.sign(noise)) + jnp.where(top > 0, eps, 1.0) * noise
+    y = y * (1 + 2 * eps * jnp.sign(noise)) + size * noise
     eye = jnp.broadcast_to(jnp.eye(k, dtype=x.dtype), (*x.shape[:-2], k, k))
 
     def complement(p: _Pass) -> tuple[jax.Array, jax.Array]:
@@ -214,7 +215,8 @@ def _noise(m: int, k: int, dtype: Any) -> jax.Array:
     x = i * jnp.uint32(k) + j
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
-    return jnp.where(x >> 31 == 0, 1.0, -1.0).astype(dtype) / m**0.5
+    one = jnp.ones((), dtype)
+    return jnp.where(x >> 31 == 0, one, -one) / m**0.5
 
 
 def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
