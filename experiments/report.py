@@ -15,6 +15,7 @@ parameters). A method is shown at the step size that was best on the first seed,
 import argparse
 import collections
 import dataclasses
+import importlib
 import math
 import re
 import statistics
@@ -71,6 +72,8 @@ def _best(label: str, runs: list[Run]) -> Row:
     grid = {run["settings"]["lr"]: final(run) for run in runs if run["settings"]["seed"] == first}
     lr = min(grid, key=lambda x: grid[x])
     best = sorted((r for r in runs if r["settings"]["lr"] == lr), key=lambda r: r["settings"]["seed"])
+    if len({run["settings"]["seed"] for run in best}) < len(best):
+        sys.exit(f"runs of {label} with one seed and step size differ in other settings: name these in the block")
     return Row(label, lr, len(grid), best)
 
 
@@ -182,7 +185,11 @@ def block(words: str, folder: Path) -> str:
     path = folder / f"{experiment}.jsonl"
     if not path.exists():
         sys.exit(f"{path}: no such results")
-    rows = select(read(path), options, labels.split(",") if labels else None)
+    config = importlib.import_module(f"experiments.{experiment}").CONFIG
+    # A run from before a setting was added had its default.
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    runs = [{**run, "settings": {**defaults, **run["settings"]}} for run in read(path)]
+    rows = select(runs, options, labels.split(",") if labels else None)
     parts = []
     title = " ".join([experiment, *(f"{k} {v}" for k, v in options.items())])
     for kind in show:

@@ -115,9 +115,15 @@ def test_results_are_what_the_committed_runs_say(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [("vision show=table", "no such results"), ("pretrain labels=galore", "no runs of galore")],
+    [
+        ("vision show=table", "no such results"),
+        ("pretrain labels=galore", "no runs of galore"),
+        ("pretrain labels=full", "differ in other settings"),  # two ranks of one seed
+    ],
 )
-def test_report_names_what_is_missing(words: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "pretrain.jsonl").write_text(json.dumps(run("full", 0.1, 0, 1.0)) + "\n")
+def test_report_names_what_is_missing_or_mixed(words: str, message: str, tmp_path: Path) -> None:
+    runs = [run("full", 0.1, 0, 1.0), run("full", 0.1, 0, 2.0)]
+    runs[1]["settings"]["rank"] = 8
+    (tmp_path / "pretrain.jsonl").write_text("".join(json.dumps(r) + "\n" for r in runs))
     with pytest.raises(SystemExit, match=message):
         report.block(words, tmp_path)
