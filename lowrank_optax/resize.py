@@ -99,8 +99,8 @@ def resize(params: Any, opt_state: Any = None, rank: Rank | None = None) -> tupl
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> params = lro.factorize({"kernel": jnp.eye(6)}, rank=2, max_rank=4)
       >>> params, state = lro.resize(params, lro.lowrank_adam(1e-3).init(params))
-      >>> params["kernel"].U.shape, state.inner_state[0].mu["kernel"].shape
-      ((6, 2), (2, 2))
+      >>> params["kernel"].U.shape, state.inner_state[0].mu["kernel"].U.shape
+      ((6, 2), (6, 2))
     """
     moves: dict[Any, _Move | None] = {}
     for path, W in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_lowrank):

@@ -87,7 +87,8 @@ def fixed_rank(
         condition of W, therefore the choice for heavy ball.
         "balanced": the factors of W = (U S^{1/2}) (V S^{1/2})^T, as many numbers. A direction of singular value sigma
         moves sqrt(sigma) times as far, steps grow with the weights, and a step needs no basis of twice the rank. Best
-        with normalised steps (Adam, Muon) on networks; keeps the rank.
+        with normalised steps (Adam, Muon) on networks; keeps the rank. Plain gradient steps want a step size that
+        falls like 1 / sigma: use "tangent" for them.
         Default: "balanced"; where the other options exclude it "tangent", with a rank policy or the bug retraction,
         or "coefficient", with a galerkin gradient. `RESULTS.md` compares the three.
       gradient: "projected" needs one gradient a step. "galerkin" is the loop of the authors, over
@@ -120,7 +121,8 @@ def fixed_rank(
       >>> target = jnp.outer(jnp.arange(6.0), jnp.ones(5))
       >>> params = {"kernel": lro.lowrank_init(1)(jax.random.key(0), (6, 5))}
       >>> loss = lambda p: jnp.sum((jnp.eye(6) @ p["kernel"] - target) ** 2)
-      >>> tx = lro.fixed_rank(optax.chain(optax.clip_by_global_norm(10.0), optax.sgd(0.1, momentum=0.5)))
+      >>> inner = optax.chain(optax.clip_by_global_norm(10.0), optax.sgd(0.1, momentum=0.5))
+      >>> tx = lro.fixed_rank(inner, momentum="tangent")  # steps that are not normalised
       >>> state = tx.init(params)
       >>> for _ in range(60):
       ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
