@@ -97,16 +97,16 @@ def _geometry(config: "Config") -> dict[str, Any]:
 
 
 def _lowrank_adam(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
-    # lro.lowrank_adam with clipping, which must be inside to act on the Riemannian norm.
-    return lro.fixed_rank(_adamw(schedule, config), **_geometry(config))
+    # lro.lowrank_adam with its default momentum and clipping, which must be inside to act on what the step sees.
+    geometry = _geometry(config)
+    allowed = geometry["gradient"] == "projected" and geometry["retraction"] == "svd" and geometry["rank"] is None
+    if geometry["momentum"] is None and allowed:
+        geometry["momentum"] = "balanced"
+    return lro.fixed_rank(_adamw(schedule, config), **geometry)
 
 
 def _lowrank_heavy_ball(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
-    # lro.lowrank_heavy_ball, likewise.
-    geometry = _geometry(config)
-    if geometry["momentum"] is None and geometry["gradient"] == "projected":
-        geometry["momentum"] = "tangent"
-    return lro.fixed_rank(_heavy_ball(schedule, config), **geometry)
+    return lro.fixed_rank(_heavy_ball(schedule, config), **_geometry(config))
 
 
 def _lowrank_muon(schedule: Schedule, config: "Config") -> optax.GradientTransformation:

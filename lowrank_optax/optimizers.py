@@ -78,8 +78,6 @@ def lowrank_heavy_ball(
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
-    if momentum_space is None:
-        momentum_space = "coefficient" if gradient == "galerkin" else "tangent"
     return fixed_rank(
         inner,
         momentum=momentum_space,
@@ -137,7 +135,8 @@ def lowrank_adam(
       weight_decay: decoupled decay of W (and of ordinary leaves), as in `optax.adamw`; times the step size.
       mask: leaves to decay, as in `optax.adamw`; it sees one matrix at the place of a kernel.
       nesterov: whether to use Nesterov's momentum.
-      momentum: "balanced", "tangent" or "coefficient", see `fixed_rank`, also for the default.
+      momentum: "balanced", "tangent" or "coefficient", see `fixed_rank`. Default: "balanced" where the other options
+        allow it, with a projected gradient, the svd retraction and ranks that stay; else that of `fixed_rank`.
       gradient: "projected" or "galerkin", see `fixed_rank`.
       local_steps: coefficient steps of a galerkin loop.
       retraction: "svd" or "bug".
@@ -160,7 +159,7 @@ def lowrank_adam(
     inner = optax.adamw(learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov)
     return fixed_rank(
         inner,
-        momentum=momentum,
+        momentum=_balanced_where_allowed(momentum, gradient, retraction, rank),
         gradient=gradient,
         local_steps=local_steps,
         retraction=retraction,
@@ -201,7 +200,8 @@ def lowrank_adamw(
       weight_decay: decoupled decay of W and of ordinary leaves.
       mask: leaves to decay.
       nesterov: whether to use Nesterov's momentum.
-      momentum: "balanced", "tangent" or "coefficient", see `fixed_rank`, also for the default.
+      momentum: "balanced", "tangent" or "coefficient", see `fixed_rank`. Default: "balanced" where the other options
+        allow it, with a projected gradient, the svd retraction and ranks that stay; else that of `fixed_rank`.
       gradient: "projected" or "galerkin", see `fixed_rank`.
       local_steps: coefficient steps of a galerkin loop.
       retraction: "svd" or "bug".
@@ -280,7 +280,8 @@ def lowrank_muon(
       adam_b1: decay of its first moment.
       adam_b2: decay of its second moment.
       adam_weight_decay: its decay.
-      momentum: "balanced", "tangent" or "coefficient", see `fixed_rank`, also for the default.
+      momentum: "balanced", "tangent" or "coefficient", see `fixed_rank`. Default: "balanced" where the other options
+        allow it, with a projected gradient, the svd retraction and ranks that stay; else that of `fixed_rank`.
       gradient: "projected" or "galerkin", see `fixed_rank`.
       local_steps: coefficient steps of a galerkin loop.
       retraction: "svd" or "bug".
@@ -313,7 +314,7 @@ def lowrank_muon(
     )
     return fixed_rank(
         inner,
-        momentum=momentum,
+        momentum=_balanced_where_allowed(momentum, gradient, retraction, rank),
         gradient=gradient,
         local_steps=local_steps,
         retraction=retraction,
@@ -321,6 +322,14 @@ def lowrank_muon(
         move_ordinary=move_ordinary,
         ordinary=adam,
     )
+
+
+def _balanced_where_allowed(
+    momentum: Momentum | None, gradient: Gradient, retraction: Retraction, rank: RankPolicy | None
+) -> Momentum | None:
+    """The default of optimizers with normalised steps, by the evidence of RESULTS.md."""
+    allowed = gradient == "projected" and retraction == "svd" and rank is None
+    return "balanced" if momentum is None and allowed else momentum
 
 
 def orthogonalize(ns_steps: int = 5) -> optax.GradientTransformationExtraArgs:

@@ -89,8 +89,7 @@ def fixed_rank(
         moves sqrt(sigma) times as far, steps grow with the weights, and a step needs no basis of twice the rank. Best
         with normalised steps (Adam, Muon) on networks; keeps the rank. Plain gradient steps want a step size that
         falls like 1 / sigma: use "tangent" for them.
-        Default: "balanced"; where the other options exclude it "tangent", with a rank policy or the bug retraction,
-        or "coefficient", with a galerkin gradient. `RESULTS.md` compares the three.
+        Default: "tangent", or "coefficient" with a galerkin gradient. `RESULTS.md` compares the three.
       gradient: "projected" needs one gradient a step. "galerkin" is the loop of the authors, over
         `local_steps + 1` calls: the first only augments the bases, then `inner` updates the full augmented S with
         the gradients of the later batches, the bases frozen, and the last truncates. Its factors need a width of
@@ -122,7 +121,7 @@ def fixed_rank(
       >>> params = {"kernel": lro.lowrank_init(1)(jax.random.key(0), (6, 5))}
       >>> loss = lambda p: jnp.sum((jnp.eye(6) @ p["kernel"] - target) ** 2)
       >>> inner = optax.chain(optax.clip_by_global_norm(10.0), optax.sgd(0.1, momentum=0.5))
-      >>> tx = lro.fixed_rank(inner, momentum="tangent")  # steps that are not normalised
+      >>> tx = lro.fixed_rank(inner)
       >>> state = tx.init(params)
       >>> for _ in range(60):
       ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
@@ -135,8 +134,7 @@ def fixed_rank(
       momentum and budgets go beyond it.
     """
     if momentum is None:
-        free = rank is None and retraction == "svd"
-        momentum = "coefficient" if gradient == "galerkin" else "balanced" if free else "tangent"
+        momentum = "coefficient" if gradient == "galerkin" else "tangent"
     for name, value, allowed in (
         ("momentum", momentum, ("balanced", "tangent", "coefficient")),
         ("gradient", gradient, ("projected", "galerkin")),
