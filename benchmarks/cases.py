@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import lowrank_optax as lro
 from benchmarks import measure, subjects
 from benchmarks.subjects import Size, Subject
 from lowrank_optax import linalg
 from lowrank_optax import manifold as mf
+from lowrank_optax.transforms.split import Split
 
 ALL = ["full", "full_muon", "galore", "factors", "lowrank_adam"]
 MORE = ["lowrank_adam:coefficient", "lowrank_adam:tangent", "lowrank_adam:bug"]
@@ -104,7 +104,8 @@ def phases_case(size: Size, repeats: int) -> dict[str, Any]:
     grads = gradient.call(subject.params, subject.batch)
     step = measure.program(subject.step, subject.params, subject.state, subject.batch)
     update = measure.program(subject.update, grads, subject.params, subject.state)
-    Ws, gs = _groups(subject.params), _groups(grads)
+    split = Split(subject.params)
+    Ws, gs = split.kernels(subject.params), split.kernels(grads)
     active = [jnp.ones((*W.batch_shape, W.rank), bool) for W in Ws]
     ranks = [jnp.full(W.batch_shape, W.rank, jnp.int32) for W in Ws]
 
@@ -135,15 +136,6 @@ def phases_case(size: Size, repeats: int) -> dict[str, Any]:
         repeats,
     )
     return {"phases": {name: measure.summary(t) for name, t in times.items()}}
-
-
-def _groups(tree: Any) -> list[lro.LowRank]:
-    """The kernels of a tree, those of one shape stacked."""
-    kernels = [x for x in jax.tree.leaves(tree, is_leaf=lro.is_lowrank) if lro.is_lowrank(x)]
-    groups: dict[Any, list[lro.LowRank]] = {}
-    for W in kernels:
-        groups.setdefault(W.shape, []).append(W)
-    return [jax.tree.map(lambda *xs: jnp.stack(xs), *Ws) for Ws in groups.values()]
 
 
 def depth_case(size: Size, repeats: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import optax
 
 import lowrank_optax as lro
 from experiments import gpt, kernels, methods, pretrain
-from experiments.task import Task
+from experiments.task import Task, random_params
 
 HEAD = 64  # width of an attention head
 LABELS = {
@@ -101,7 +101,7 @@ def task_of(size: Size) -> Task:
     return Task(
         data="random bytes",
         model=model,
-        init=lambda key: model.init(key, jnp.zeros(example.shape, example.dtype))["params"],
+        init=functools.partial(random_params, model, example),
         is_kernel=gpt.is_block_kernel,
         loss=pretrain.loss_fn,
         batch=lambda seed, step: None,

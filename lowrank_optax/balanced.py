@@ -9,7 +9,8 @@ A step moves A and B, and nothing is truncated: the product of moved factors has
 balanced anew, and what rides on its columns is turned with them. Compared with the tangent space of `manifold`, a
 direction of singular value sigma moves sqrt(sigma) times as far: steps grow with the weights.
 A pair of moments is a `LowRank` triple too, `(m_A, 0, m_B)`: it has the shapes of (U, S, V), and like in the triple
-of a tangent vector m_A rides on the columns of V and m_B on those of U.
+of a tangent vector m_A rides on the columns of V and m_B on those of U: for the pair A X, B Y gradients are `G_A Y` and
+`G_B X`, so `manifold.rotate_tangent` turns first moments.
 
 References:
   Mishra, Meyer, Bonnabel, Sepulchre, `Fixed-rank matrix factorizations and Riemannian low-rank optimization
@@ -24,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax import linalg
+from lowrank_optax import manifold as mf
 from lowrank_optax.linalg import transpose
 from lowrank_optax.lowrank import LowRank
 
@@ -139,13 +141,6 @@ def _unit(x: jax.Array, active: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.sqrt(jnp.sum(x * x, axis=-2, keepdims=True)), 1.0)
 
 
-@linalg.precise
-def turn(m: LowRank, x: jax.Array, y: jax.Array) -> LowRank:
-    """Moments of gradients for the pair A X, B Y: `G B Y = G_A Y` and `G^T A X = G_B X`."""
-    return LowRank(m.U @ y, m.S, m.V @ x)
-
-
-@linalg.precise
 def turn_squared(m: LowRank, x: jax.Array, y: jax.Array) -> LowRank:
     """Second moments for the pair A X, B Y, as those of sums of independent columns: `v_A Y^2`, elementwise square.
 
@@ -153,4 +148,4 @@ def turn_squared(m: LowRank, x: jax.Array, y: jax.Array) -> LowRank:
     paper, `(sqrt(v) Y)^2`, may cancel instead: where singular values are close and bases turn fast it leaves second
     moments near zero, and steps explode.
     """
-    return turn(m, x * x, y * y)
+    return mf.rotate_tangent(m, x * x, y * y)

@@ -53,12 +53,20 @@ def gauge_change(momentum: str, p: jax.Array, q: jax.Array) -> Change:
     """The change to the bases U P and V Q, for moments of any kind."""
     if momentum == "coefficient":
         return coefficient_change(transpose(p), transpose(q))
-    if momentum == "balanced":
-        return balanced_change(p, q)
+    return balanced_change(p, q) if momentum == "balanced" else _turn(p, q, mf.rotate_tangent_squared)
+
+
+def balanced_change(x: jax.Array, y: jax.Array) -> Change:
+    """The change of moments on balanced factors when the pair A, B becomes A X, B Y."""
+    return _turn(x, y, balanced.turn_squared)
+
+
+def _turn(p: jax.Array, q: jax.Array, squares: Callable[..., LowRank]) -> Change:
+    """The change of triples whose columns turn; `squares` turns second moments."""
 
     def apply(arrays: Any, x: LowRank, squared: bool) -> LowRank:
         p, q = arrays
-        move = mf.rotate_tangent_squared if squared else mf.rotate_tangent
+        move = squares if squared else mf.rotate_tangent
         return cast_like(move(x.astype(p.dtype), p, q), x)
 
     return Change(apply, (p, q))
@@ -73,17 +81,6 @@ def transport_change(old: LowRank, new: LowRank, active: jax.Array) -> Change:
         return cast_like(move(x.astype(old.U.dtype), old, new, active), x)
 
     return Change(apply, (old, new, active))
-
-
-def balanced_change(x: jax.Array, y: jax.Array) -> Change:
-    """The change of moments on balanced factors when the pair A, B becomes A X, B Y."""
-
-    def apply(arrays: Any, m: LowRank, squared: bool) -> LowRank:
-        x, y = arrays
-        move = balanced.turn_squared if squared else balanced.turn
-        return cast_like(move(m.astype(x.dtype), x, y), m)
-
-    return Change(apply, (x, y))
 
 
 @dataclasses.dataclass(frozen=True)
