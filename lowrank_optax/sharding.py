@@ -108,7 +108,9 @@ def state_specs(state: Any, params: Any, specs: Any) -> Any:
         if p is not None and jnp.shape(x) == jnp.shape(p):
             return spec
         p, spec = owner(key[:-1])  # A field of what is kept of each kernel: its rank, say.
-        return spec.S if is_lowrank(p) and jnp.shape(x) == p.batch_shape else PartitionSpec()
+        if is_lowrank(p) and jnp.shape(x) == p.batch_shape:
+            return _short(tuple(spec.S)[: len(p.batch_shape)])
+        return PartitionSpec()
 
     return jax.tree_util.tree_map_with_path(one, state, is_leaf=is_lowrank)
 

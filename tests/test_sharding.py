@@ -120,6 +120,16 @@ def test_specs_of_states(name, wrap):
         assert spec == expected, path
 
 
+def test_specs_may_be_written_out_in_full():
+    """As the types of arrays on an explicit mesh have them: the rank of a kernel is a scalar all the same."""
+    W = kernel((8,), (6,))
+    specs = lro.LowRank(P("x", None), P(None, None), P(None, None))
+    state = jax.eval_shape(lro.lowrank_adam(1e-3, momentum="tangent").init, W)
+    found = lro.state_specs(state, W, specs)
+    assert found.inner_state[0].mu == specs
+    assert all(len(spec) <= x.ndim for x, spec in zip(*map(jax.tree.leaves, (state, found)), strict=True))
+
+
 def test_accumulated_gradients_lie_as_the_parameters():
     specs = lro.partition_specs(STACKED, SPECS)
     tx = optax.MultiSteps(lro.lowrank_adam(1e-3), 2)
