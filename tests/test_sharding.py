@@ -122,10 +122,10 @@ def test_specs_of_states(name, wrap):
 
 def test_specs_may_be_written_out_in_full():
     """As the types of arrays on an explicit mesh have them: the rank of a kernel is a scalar all the same."""
-    W = kernel((8,), (6,))
-    specs = lro.LowRank(P("x", None), P(None, None), P(None, None))
-    state = jax.eval_shape(lro.lowrank_adam(1e-3, momentum="tangent").init, W)
-    found = lro.state_specs(state, W, specs)
+    params = {"a": kernel((8,), (6,))}
+    specs = {"a": lro.LowRank(P("x", None), P(None, None), P(None, None))}
+    state = jax.eval_shape(lro.lowrank_adam(1e-3, momentum="tangent").init, params)
+    found = lro.state_specs(state, params, specs)
     assert found.inner_state[0].mu == specs
     assert all(len(spec) <= x.ndim for x, spec in zip(*map(jax.tree.leaves, (state, found)), strict=True))
 
