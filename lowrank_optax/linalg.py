@@ -134,7 +134,7 @@ def extend(basis: jax.Array, x: jax.Array) -> Extension:
       x: X, `(..., m, k)`, with r + k <= m.
 
     Returns:
-      An `Extension`.
+      An `Extension`; `mix` is NaN where X is not finite, or if ever the passes should not end.
 
     References:
       Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, `Shifted Cholesky QR for computing the QR factorization of
@@ -155,9 +155,8 @@ def extend(basis: jax.Array, x: jax.Array) -> Extension:
         d = jnp.sqrt(jnp.diagonal(p.gram, axis1=-2, axis2=-1))
         return d, (p.gram - transpose(p.c) @ p.c) / (d[..., :, None] * d[..., None, :])
 
-    def unfinished(p: _Pass) -> jax.Array:
-        error = jnp.sum(jnp.square(complement(p)[1] - eye), axis=(-2, -1))
-        return (p.passes < 8) & ~jnp.all(error < 0.25)  # Five is the most that was ever seen.
+    def oblique(p: _Pass) -> jax.Array:
+        return ~jnp.all(jnp.sum(jnp.square(complement(p)[1] - eye), axis=(-2, -1)) < 0.25)
 
     def improve(p: _Pass) -> _Pass:
         d, h = complement(p)
@@ -181,10 +180,11 @@ def extend(basis: jax.Array, x: jax.Array) -> Extension:
     c, gram = transpose(basis) @ y, transpose(y) @ y
     shift = jnp.full(x.shape[:-2], k * eps, x.dtype)
     p = _Pass(y, c, gram, jnp.zeros_like(c), eye, shift, jnp.zeros((), jnp.int32))
-    p = jax.lax.while_loop(unfinished, improve, p)
+    p = jax.lax.while_loop(lambda p: (p.passes < 8) & oblique(p), improve, p)  # Five is the most that was seen.
     above = jnp.concatenate([transpose(basis) @ basis, p.c], axis=-1)
     below = jnp.concatenate([transpose(p.c), p.gram], axis=-1)
     upper, mix = cholesky(jnp.concatenate([above, below], axis=-2))
+    mix = jnp.where(oblique(p), jnp.nan, mix)  # rather than a basis that is none
     coordinates = upper @ jnp.concatenate([p.in_basis, p.in_y], axis=-2) * top
     return Extension(p.y, mix, upper[..., :r], coordinates)
 
@@ -210,13 +210,15 @@ def cholesky(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _noise(m: int, k: int, dtype: Any) -> jax.Array:
-    """A fixed pseudo-random m x k matrix of columns of norm 1: signs, from the integer hash `lowbias32` of Wellons."""
+    """A fixed pseudo-random m x k matrix, uniform with columns of norm 1 on average; not of signs, which for small m
+    repeat whole columns. From the integer hash `lowbias32` of Wellons.
+    """
     i, j = (jax.lax.broadcasted_iota(jnp.uint32, (m, k), axis) for axis in (0, 1))
     x = i * jnp.uint32(k) + j
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
-    one = jnp.ones((), dtype)
-    return jnp.where(x >> 31 == 0, one, -one) / m**0.5
+    # The upper 24 bits are a number that single precision has.
+    return ((x >> 8).astype(dtype) * 2.0**-23 - 1) * (3 / m) ** 0.5
 
 
 def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

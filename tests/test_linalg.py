@@ -143,6 +143,15 @@ def test_extend_is_orthonormal_and_holds_u_and_x_whatever_the_rank(rows: int, dt
     np.testing.assert_array_equal(np.where(np.all(x == 0, axis=-2, keepdims=True), x_part, 0), 0)
 
 
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 8])
+def test_small_bases_are_completed_from_nothing(size: int) -> None:
+    """The columns put in the place of zeros are independent, of each other and of what is there, in few rows too."""
+    x = np.zeros((50, size, size), np.float32)
+    x[1:, :, 0] = random(49, size, seed=6)
+    q, _ = jax.jit(linalg.gram_qr)(x)
+    np.testing.assert_allclose(T(q) @ q, np.broadcast_to(np.eye(size), q.shape), atol=1e-5)
+
+
 def test_extend_is_householder_qr_where_that_is_determined() -> None:
     U, cases = blocks()
     U = U * (1 + 1e-3 * random(1, WIDTH, seed=5))  # as far from orthonormal as rounding to bfloat16 leaves it
