@@ -13,13 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lowrank_optax import balanced
 from lowrank_optax import manifold as mf
 from lowrank_optax.linalg import all_finite, transpose
 from lowrank_optax.lowrank import LowRank, cast_like, is_lowrank
-from lowrank_optax.transforms.split import Place, Split, stack, unstack
+from lowrank_optax.transforms.split import Place, Split
 
 # Fields of the states in Optax that hold squares of gradients, per coordinate.
 SECOND_MOMENTS = ("nu", "nu_max", "sum_of_squares", "e_g", "e_x", "n")
@@ -147,6 +148,7 @@ def carry(
     split: Split,
     changes: Sequence[Change],
     second_moments: tuple[str, ...],
+    when: jax.Array | None = None,
 ) -> tuple[optax.OptState, jax.Array]:
     """Applies to every leaf of `state` that mirrors a kernel the change of that kernel.
 
@@ -156,6 +158,7 @@ def carry(
       split: places of the kernels.
       changes: the change of every group.
       second_moments: names of the state fields to carry as second moments.
+      when: whether to do so, by default true.
 
     Returns:
       The state in the new bases, and whether all that moved is finite.
@@ -167,19 +170,27 @@ def carry(
     for i, (place, squared, _) in enumerate(slots):
         copy = copies[place] = copies.get(place, -1) + 1
         batches.setdefault((place.group, squared, copy), []).append(i)
-    values: list[Any] = [None] * len(slots)
-    finite = jnp.ones((), bool)
     sizes = split.sizes()
-    for (group, squared, _), indices in batches.items():
-        change, size = changes[group], sizes[group]
-        arrays = change.arrays
-        if len(indices) < size:  # Some kernels of the group are masked out.
-            apart = unstack(arrays, size)
-            arrays = stack([apart[slots[i][0].member] for i in indices])
-        moved = change.apply(arrays, stack([slots[i][2] for i in indices]), squared)
-        finite &= all_finite(moved)
-        for i, value in zip(indices, unstack(moved, len(indices)), strict=True):
-            values[i] = value
+
+    def move(values: list[Any]) -> tuple[list[Any], jax.Array]:
+        stacks = split.stack([[values[i] for i in indices] for indices in batches.values()])
+        moved = []
+        for (group, squared, _), indices, stacked in zip(batches, batches.values(), stacks, strict=True):
+            arrays = changes[group].arrays
+            if len(indices) < sizes[group]:  # Some kernels of the group are masked out.
+                members = [slots[i][0].member for i in indices]
+                arrays = jax.tree.map(lambda x: x[np.squeeze(members)], arrays)  # noqa: B023
+            moved.append(changes[group].apply(arrays, stacked, squared))
+        apart = split.unstack(moved, [len(indices) for indices in batches.values()])
+        order = [i for indices in batches.values() for i in indices]
+        by_slot = dict(zip(order, (x for parts in apart for x in parts), strict=True))
+        return [by_slot[i] for i in range(len(slots))], all_finite(moved)
+
+    values = [value for _, _, value in slots]
+    if when is None:
+        values, finite = move(values)
+    else:
+        values, finite = jax.lax.cond(when, move, lambda x: (x, jnp.ones((), bool)), values)
     return _lower(shell, values), finite
 
 

@@ -227,7 +227,7 @@ def fixed_rank(
     ) -> tuple[Any, FixedRankState]:
         check_gradients(updates, params)
         place = Placement(params)
-        method, split = method_for(params, place), Split(params)
+        method, split = method_for(params, place), Split(params, true=state.notfinite_count >= 0)
         extra = {**extra_args, "kernels": params, "momentum": momentum}
         step = functools.partial(move, method, split, place.explicit(grad_fn) if grad_fn else None, extra)
         return place.auto(step, updates, state, params, like=(params, state))
@@ -263,14 +263,18 @@ def fixed_rank(
 
         # In a branch, or else the compiler makes every leaf a second time inside its check: twice the compile time.
         finite = jax.lax.cond(moved.finite, rest_finite, lambda: jnp.zeros((), bool))
-        new = (ordinary_updates, FixedRankState(moved.inner_state, moved.kernels, phase, state.notfinite_count))
-        skipped = (
-            jax.tree.map(jnp.zeros_like, ordinary_updates),
-            state._replace(notfinite_count=optax.safe_increment(state.notfinite_count)),
+
+        def select(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+        skipped = optax.safe_increment(state.notfinite_count)
+        state = FixedRankState(
+            inner_state=select(moved.inner_state, state.inner_state),
+            kernels=select(moved.kernels, state.kernels),
+            phase=select(phase, state.phase),
+            notfinite_count=select(state.notfinite_count, skipped),
         )
-        # A branch copies what it hands through, but compiles in no time. The large factors are selected as they are
-        # written.
-        ordinary_updates, state = jax.lax.cond(finite, lambda: new, lambda: skipped)
+        ordinary_updates = select(ordinary_updates, jax.tree.map(jnp.zeros_like, ordinary_updates))
         return split.merge_each(_differences(params, moved.params, split, finite), ordinary_updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)

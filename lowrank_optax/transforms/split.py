@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,12 @@ class Split:
     """The kernels of a parameter tree in groups of equal shape, each group one stacked kernel.
 
     A network has many kernels of few shapes. One call for each shape, and not for each kernel, keeps the compiled
-    step small: compile time does not grow with depth.
+    step small.
+
+    Args:
+      params: the parameters.
+      true: a true value that is computed when the step runs; with it stacking and unstacking are compiled on their
+        own, see `isolated`.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -37,7 +42,7 @@ class Split:
       {'a': Array(0, dtype=int32), 'b': Array(1, dtype=int32), 'bias': 'c'}
     """
 
-    def __init__(self, params: Any):
+    def __init__(self, params: Any, true: jax.Array | None = None):
         treedef: Any
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_kernel)
         groups: dict[Any, list[int]] = {}
@@ -45,6 +50,7 @@ class Split:
             if is_kernel(leaf):
                 groups.setdefault(_key(leaf), []).append(i)
         self._treedef = treedef
+        self._true = true
         self._groups = list(groups.values())
         self._ordinary = [i for i, leaf in enumerate(leaves) if not is_kernel(leaf)]
 
@@ -59,7 +65,27 @@ class Split:
     def kernels(self, tree: Any) -> list[Any]:
         """What `tree` holds at the kernels, stacked group by group; a group of one is not stacked."""
         leaves = self._treedef.flatten_up_to(tree)
-        return [stack([leaves[i] for i in group]) for group in self._groups]
+        return self.stack([[leaves[i] for i in group] for group in self._groups])
+
+    def stack(self, groups: list[list[Any]]) -> list[Any]:
+        """Stacks the leaves of the equal trees of each group along a new first axis; one tree is left as it is."""
+        many = [group for group in groups if len(group) > 1]
+        stacked = iter(isolated(self._true, lambda many: [_stack(group) for group in many], many))
+        return [next(stacked) if len(group) > 1 else group[0] for group in groups]
+
+    def unstack(self, trees: list[Any], sizes: list[int]) -> list[list[Any]]:
+        """The inverse of `stack`."""
+        many = [(tree, size) for tree, size in zip(trees, sizes, strict=True) if size > 1]
+        # Behind a barrier the positions stay values, so that all slices of one shape are the same compiled code.
+        most = max((size for _, size in many), default=0)
+        positions = jax.lax.optimization_barrier([jnp.int32(j) for j in range(most)])
+
+        def slices(trees: list[Any], positions: list[jax.Array]) -> list[list[Any]]:
+            counts = (size for _, size in many)
+            return [[_slice(tree, j) for j in positions[:size]] for tree, size in zip(trees, counts, strict=True)]
+
+        apart = iter(isolated(self._true, slices, [tree for tree, _ in many], positions))
+        return [next(apart) if size > 1 else [tree] for tree, size in zip(trees, sizes, strict=True)]
 
     def ordinary(self, tree: Any) -> list[Any]:
         """What `tree` holds at the other leaves."""
@@ -68,7 +94,7 @@ class Split:
 
     def merge(self, kernels: Iterable[Any], ordinary: Iterable[Any]) -> Any:
         """The tree with the stacked `kernels` in their places and `ordinary` at the other leaves."""
-        apart = (unstack(x, len(group)) for x, group in zip(kernels, self._groups, strict=True))
+        apart = self.unstack(list(kernels), self.sizes())
         return self.merge_each((x for group in apart for x in group), ordinary)
 
     def merge_each(self, kernels: Iterable[Any], ordinary: Iterable[Any]) -> Any:
@@ -106,11 +132,33 @@ def is_kernel(x: Any) -> bool:
     return is_lowrank(x) and not any(isinstance(y, optax.MaskedNode) for y in (x.U, x.S, x.V))
 
 
-def stack(trees: list[Any]) -> Any:
-    """Stacks the leaves of equal trees along a new first axis; a single tree is left as it is."""
-    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *trees)
+def _stack(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
 
-def unstack(tree: Any, size: int) -> list[Any]:
-    """The inverse of `stack`."""
-    return [tree] if size == 1 else [jax.tree.map(lambda x: x[j], tree) for j in range(size)]  # noqa: B023
+def _slice(tree: Any, j: jax.Array) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, j, keepdims=False), tree)
+
+
+def isolated(true: jax.Array | None, f: Callable[..., Any], *args: Any) -> Any:
+    """`f(*args)`, on CPU compiled on its own: not fused with what makes its arguments or uses its results.
+
+    XLA on CPU fuses a slice into every user of it, together with what made the array it is taken from. Its position is
+    then a constant of the user, and code that is the same for all kernels is compiled once for each. A branch is not
+    fused with what is around it.
+
+    Args:
+      true: the condition of the branch; None for no branch.
+      f: a function of arrays.
+      *args: its arguments.
+    """
+    if true is None or not jax.tree.leaves(args):
+        return f(*args)
+
+    def zeros(*args: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, *args))
+
+    def branch(*args: Any) -> Any:
+        return jax.lax.cond(true, f, zeros, *args)
+
+    return jax.lax.platform_dependent(*args, cpu=branch, default=f)

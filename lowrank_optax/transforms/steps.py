@@ -71,10 +71,12 @@ class Method:
     in_place: bool
     second_moments: tuple[str, ...]
 
-    def carry(self, state: Any, split: Split, changes: list[Change]) -> tuple[Any, jax.Array]:
-        """The inner state in new bases, and whether it is finite."""
+    def carry(
+        self, state: Any, split: Split, changes: list[Change], when: jax.Array | None = None
+    ) -> tuple[Any, jax.Array]:
+        """The inner state in new bases, and whether it is finite; the same state unless `when`."""
         tx, part = self.kernel_part(state)
-        moved, finite = carry(tx, part, split, changes, self.second_moments)
+        moved, finite = carry(tx, part, split, changes, self.second_moments, when)
         return self._with_kernel_part(state, moved), finite
 
     def finite(self, state: Any, split: Split) -> jax.Array:
@@ -145,19 +147,20 @@ def canonicalize(method: Method, split: Split, point: Point, grads: Any) -> tupl
     Ws, gs = split.kernels(point.params), split.kernels(grads)
     ok = jnp.all(jnp.stack([mf.is_canonical(W) for W in Ws]))
 
-    def turn(Ws: Kernels, gs: Kernels, inner_state: Any) -> tuple[Kernels, Kernels, Any, jax.Array]:
+    def turn(Ws: Kernels, gs: Kernels) -> tuple[Kernels, Kernels, list[Any]]:
         gauges = [mf.gauge(W) for W in Ws]
         turned = [
             LowRank(W.U @ p, linalg.diagonal(sigma), W.V @ q) for W, (p, sigma, q) in zip(Ws, gauges, strict=True)
         ]
         gs = [mf.rotate(g, p, q) for g, (p, _, q) in zip(gs, gauges, strict=True)]
-        changes = [gauge_change(method.momentum, p, q) for p, _, q in gauges]
-        return turned, gs, *method.carry(inner_state, split, changes)
+        return turned, gs, [(p, q) for p, _, q in gauges]
 
-    def same(Ws: Kernels, gs: Kernels, inner_state: Any) -> tuple[Kernels, Kernels, Any, jax.Array]:
-        return Ws, gs, inner_state, jnp.ones((), bool)
+    def same(Ws: Kernels, gs: Kernels) -> tuple[Kernels, Kernels, list[Any]]:
+        return Ws, gs, [(W.S, W.S) for W in Ws]  # no turn is made
 
-    Ws, gs, inner_state, finite = jax.lax.cond(ok, same, turn, Ws, gs, point.inner_state)
+    Ws, gs, turns = jax.lax.cond(ok, same, turn, Ws, gs)
+    changes = [gauge_change(method.momentum, p, q) for p, q in turns]
+    inner_state, finite = method.carry(point.inner_state, split, changes, ~ok)
     return point._replace(inner_state=inner_state, finite=point.finite & finite), Ws, gs
 
 
