@@ -111,12 +111,8 @@ def placed(layout: Layout, mesh: jax.sharding.Mesh, tx: Any) -> tuple[Any, Any, 
 
 
 def environment(devices: int) -> dict[str, str]:
-    """Environment of a process with so many virtual CPU devices, quick to compile."""
-    flags = ["--xla_backend_optimization_level=0", f"--xla_force_host_platform_device_count={devices}"]
-    if jax.__version_info__ < (0, 12):
-        flags.append(
-            "--xla_cpu_use_fusion_emitters=false"
-        )  # A third of the compile time; later versions have no such flag.
+    """Environment of a process with so many virtual CPU devices."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     # A virtual device waits for the others on a thread of the pool that also computes: there must be more threads than
     # waiting collectives, however few cores there are.
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), "NPROC": str(4 * devices)}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": str(4 * devices)}

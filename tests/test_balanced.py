@@ -199,6 +199,7 @@ def test_resize_moves_balanced_moments_with_the_kernel() -> None:
     T = np.random.default_rng(8).standard_normal((9, 7))
     params, state = {"kernel": W}, tx.init({"kernel": W})
 
+    @jax.jit
     def step(params: Any, state: Any) -> Any:
         grads = {"kernel": factor_gradients(params["kernel"], params["kernel"].to_dense() - T)}
         updates, state = tx.update(grads, state, params)
