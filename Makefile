@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The suite runs on the CPU unless the caller names another platform.
 PYTEST = JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m pytest
-DOCTEST = $(PYTEST) -n $(WORKERS) -q --doctest-modules lowrank_optax
+DOCTEST = XLA_FLAGS=--xla_backend_optimization_level=0 $(PYTEST) -n $(WORKERS) -q --doctest-modules lowrank_optax
 
 .DEFAULT_GOAL := help
 .PHONY: help install test test-fast lint format demo bench clean

@@ -58,6 +58,15 @@ def test_a_step_of_many_kernels_has_the_products_and_decompositions_of_one(momen
     assert counts(2) == counts(5)
 
 
+@pytest.mark.parametrize("momentum", ["balanced", "coefficient", "tangent"])
+def test_kernels_share_their_compiled_code(momentum: str) -> None:
+    """A slice at a fixed position inside of fused code makes that code another for every kernel of a stack."""
+    params, tx = tree(3), lro.lowrank_adam(1e-2, momentum=momentum)
+    text = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()
+    stacked = rf"f32\[1,(?:{ROWS}|{COLUMNS}),{RANK}\]\S* "
+    assert re.search(stacked + r"dynamic-slice\(", text) and not re.search(stacked + r"slice\(", text)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("settings_of_a_user")
 def test_benchmarks_run(tmp_path: Path) -> None:

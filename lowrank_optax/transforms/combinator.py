@@ -227,7 +227,7 @@ def fixed_rank(
     ) -> tuple[Any, FixedRankState]:
         check_gradients(updates, params)
         place = Placement(params)
-        method, split = method_for(params, place), Split(params, true=state.notfinite_count >= 0)
+        method, split = method_for(params, place), Split(params)
         extra = {**extra_args, "kernels": params, "momentum": momentum}
         step = functools.partial(move, method, split, place.explicit(grad_fn) if grad_fn else None, extra)
         return place.auto(step, updates, state, params, like=(params, state))
@@ -236,6 +236,7 @@ def fixed_rank(
         method: st.Method, split: Split, grad_fn: Any, extra: dict[str, Any], updates: Any, state: Any, params: Any
     ) -> tuple[Any, FixedRankState]:
         _check_state(method, split, state, params)
+        split = split.isolated(state.notfinite_count >= 0)
         finite = linalg.all_finite(split.ordinary(updates))
         if not split:
             moved_updates, inner_state = method.inner.update(updates, state.inner_state, params, **extra)

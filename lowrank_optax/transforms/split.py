@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -27,10 +28,6 @@ class Split:
     A network has many kernels of few shapes. One call for each shape, and not for each kernel, keeps the compiled
     step small.
 
-    Args:
-      params: the parameters.
-      true: a true value that is computed when the step runs; with it stacking and unstacking are compiled on their
-        own, see `isolated`.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -42,7 +39,7 @@ class Split:
       {'a': Array(0, dtype=int32), 'b': Array(1, dtype=int32), 'bias': 'c'}
     """
 
-    def __init__(self, params: Any, true: jax.Array | None = None):
+    def __init__(self, params: Any):
         treedef: Any
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_kernel)
         groups: dict[Any, list[int]] = {}
@@ -50,12 +47,22 @@ class Split:
             if is_kernel(leaf):
                 groups.setdefault(_key(leaf), []).append(i)
         self._treedef = treedef
-        self._true = true
+        self._true: jax.Array | None = None
         self._groups = list(groups.values())
         self._ordinary = [i for i, leaf in enumerate(leaves) if not is_kernel(leaf)]
 
     def __bool__(self) -> bool:
         return bool(self._groups)
+
+    def isolated(self, true: jax.Array) -> Split:
+        """The same split, of which stacking and unstacking are compiled on their own.
+
+        Args:
+          true: a true value that the compiler cannot know, see `isolate`.
+        """
+        other = copy.copy(self)
+        other._true = true
+        return other
 
     def each(self, tree: Any) -> list[Any]:
         """What `tree`, of the structure of the parameters, holds at every kernel."""
@@ -70,7 +77,7 @@ class Split:
     def stack(self, groups: list[list[Any]]) -> list[Any]:
         """Stacks the leaves of the equal trees of each group along a new first axis; one tree is left as it is."""
         many = [group for group in groups if len(group) > 1]
-        stacked = iter(isolated(self._true, lambda many: [_stack(group) for group in many], many))
+        stacked = iter(isolate(self._true, lambda many: [_stack(group) for group in many], many))
         return [next(stacked) if len(group) > 1 else group[0] for group in groups]
 
     def unstack(self, trees: list[Any], sizes: list[int]) -> list[list[Any]]:
@@ -84,7 +91,7 @@ class Split:
             counts = (size for _, size in many)
             return [[_slice(tree, j) for j in positions[:size]] for tree, size in zip(trees, counts, strict=True)]
 
-        apart = iter(isolated(self._true, slices, [tree for tree, _ in many], positions))
+        apart = iter(isolate(self._true, slices, [tree for tree, _ in many], positions))
         return [next(apart) if size > 1 else [tree] for tree, size in zip(trees, sizes, strict=True)]
 
     def ordinary(self, tree: Any) -> list[Any]:
@@ -140,7 +147,7 @@ def _slice(tree: Any, j: jax.Array) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, j, keepdims=False), tree)
 
 
-def isolated(true: jax.Array | None, f: Callable[..., Any], *args: Any) -> Any:
+def isolate(true: jax.Array | None, f: Callable[..., Any], *args: Any) -> Any:
     """`f(*args)`, on CPU compiled on its own: not fused with what makes its arguments or uses its results.
 
     XLA on CPU fuses a slice into every user of it, together with what made the array it is taken from. Its position is
