@@ -76,7 +76,8 @@ def collectives(compiled: Any, worst: bool = False) -> list[Collective]:
                 found.append(Collective(made["kind"], arrays, source[1] if source else ""))
             elif branches := _BRANCHES.search(line):
                 names = branches[1].replace("%", "").split(", ") if branches[1] else branches.groups()[1:]
-                pick = max if worst else min
+                # A branch that only isolates code is always taken: see `lowrank_optax.transforms.split.isolate`.
+                pick = max if worst or "/isolate/" in line else min
                 found += pick((walk(b) for b in names), key=lambda c: sum(x.bytes for x in c))
             elif called := _CALLED.search(line):
                 trips = _TRIPS.search(line)

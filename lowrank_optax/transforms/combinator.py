@@ -123,9 +123,12 @@ def fixed_rank(
       >>> inner = optax.chain(optax.clip_by_global_norm(10.0), optax.sgd(0.1, momentum=0.5))
       >>> tx = lro.fixed_rank(inner)
       >>> state = tx.init(params)
-      >>> for _ in range(60):
+      >>> @jax.jit
+      ... def step(params, state):
       ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
-      ...     params = optax.apply_updates(params, updates)
+      ...     return optax.apply_updates(params, updates), state
+      >>> for _ in range(60):
+      ...     params, state = step(params, state)
       >>> bool(loss(params) < 1e-3)
       True
 

@@ -166,6 +166,7 @@ def isolate(true: jax.Array | None, f: Callable[..., Any], *args: Any) -> Any:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, *args))
 
     def branch(*args: Any) -> Any:
-        return jax.lax.cond(true, f, zeros, *args)
+        with jax.named_scope("isolate"):  # in compiled programs tells this from a branch that chooses
+            return jax.lax.cond(true, f, zeros, *args)
 
     return jax.lax.platform_dependent(*args, cpu=branch, default=f)
