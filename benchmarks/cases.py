@@ -40,7 +40,7 @@ def every(platform: str) -> list[dict[str, Any]]:
         {"kind": "phases", "d": 512, "rank": 64, "layers": 4, "repeats": 5},
     ]
     for d, rank in ((256, 32), (512, 32), (1024, 32), (1024, 128)):
-        chosen.append({"kind": "size", "d": d, "rank": rank, "layers": 1, "methods": ALL, "repeats": 5})
+        chosen.append({"kind": "size", "d": d, "rank": rank, "layers": 1, "methods": ALL, "repeats": 3})
     chosen += [{"kind": "depth", "d": 128, "rank": 16, "layers": n, "repeats": 3} for n in (1, 12, 48)]
     if platform == "gpu":
         chosen += [{**case, "dtype": "bfloat16"} for case in chosen if case["kind"] == "size"]

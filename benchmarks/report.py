@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 
 from benchmarks.subjects import LABELS
 
@@ -35,14 +36,19 @@ def header(result: dict[str, Any]) -> str:
     )
 
 
+def _blocks(layers: int) -> str:
+    return f"{layers} block{'s' * (layers > 1)}"
+
+
 def spread(x: dict[str, float], digits: int = 0) -> str:
     return f"{x['median']:.{digits}f} ({x['low']:.{digits}f}-{x['high']:.{digits}f})"
 
 
 def size_table(case: dict[str, Any]) -> str:
     first = next(iter(case["methods"]))
+    sizes = f"d = {case['d']}, r = {case['rank']}, {_blocks(case['layers'])}, {case['tokens']:,} tokens"
     rows = [
-        f"**d = {case['d']}, r = {case['rank']}, {case['layers']} blocks, {case['tokens']:,} tokens, {case['dtype']}**",
+        f"**{sizes}, {case['dtype']}**",
         "",
         "| method | step, ms | over dense AdamW | update, ms | its share | parameters, MB | state, MB | peak, MB "
         "| compile, s |",
@@ -97,16 +103,21 @@ def picture(cases: list[dict[str, Any]], path: Path) -> None:
         if low and case["dtype"] == "float32":
             each = 18 * case["d"] * case["rank"] * case["layers"]  # sum of r (m + n): 4 of d x d, 2 of d x 4d
             floor = 1e3 * case["flops"]["low rank"] / case["matmul_rate"]
-            points.append((each, low["step_ms"]["median"], low["update_ms"]["median"], floor, case["d"]))
+            model = (case["rank"], case["layers"])
+            points.append((each, low["step_ms"]["median"], low["update_ms"]["median"], floor, case["d"], model))
     fig, ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for d in sorted({p[4] for p in points}):
-        chosen = sorted(p for p in points if p[4] == d)
-        xs = [p[0] for p in chosen]
-        (line,) = ax.loglog(xs, [p[1] for p in chosen], "o-", label=f"step, d = {d}")
-        ax.loglog(xs, [p[2] for p in chosen], "s:", color=line.get_color(), label=f"update, d = {d}")
+    for rank, layers in sorted({p[5] for p in points}):
+        chosen = sorted(p for p in points if p[5] == (rank, layers))
+        xs, name = [p[0] for p in chosen], f"r = {rank}, {_blocks(layers)}"
+        (line,) = ax.loglog(xs, [p[1] for p in chosen], "o-", label=f"step, {name}")
+        ax.loglog(xs, [p[2] for p in chosen], "s:", color=line.get_color(), label=f"update, {name}")
+        for x, y, *_, d, _ in chosen:
+            ax.annotate(f"d = {d}", (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=7)
     floor = sorted((p[0], p[3]) for p in points)
     ax.loglog(*zip(*floor, strict=True), "k--", label="products at the matmul rate")
     ax.set(xlabel="sum of r (m + n) over the kernels", ylabel="milliseconds")
-    ax.legend(fontsize=8)
+    ax.xaxis.set_minor_formatter(ticker.NullFormatter())
+    ax.margins(y=0.12)
+    ax.legend(fontsize=7, loc="upper left")
     fig.savefig(path, dpi=150)
     plt.close(fig)
