@@ -28,3 +28,10 @@ def settings_of_a_user() -> Iterator[None]:
     """JAX as it is outside the suite: single precision, ranks promoted."""
     with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_programs_of_other_modules() -> Iterator[None]:
+    """Compiled programs of hundreds of tests in one process crashed the compiler of jax 0.12."""
+    yield
+    jax.clear_caches()
