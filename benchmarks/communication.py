@@ -52,7 +52,7 @@ def collectives(compiled: Any, worst: bool = False) -> list[Collective]:
     """The collectives of one execution of a compiled function (`jax.jit(f).lower(...).compile()`).
 
     Of the branches of a conditional the one that moves fewest bytes is taken, which is the common path, or with `worst`
-    the one that moves most. Bodies of loops count as often as they run.
+    the one that moves most. Bodies of loops count as often as they run, once where that is not known.
     """
     computations: dict[str, list[str]] = {}
     lines: list[str] = []
@@ -76,12 +76,13 @@ def collectives(compiled: Any, worst: bool = False) -> list[Collective]:
                 found.append(Collective(made["kind"], arrays, source[1] if source else ""))
             elif branches := _BRANCHES.search(line):
                 names = branches[1].replace("%", "").split(", ") if branches[1] else branches.groups()[1:]
-                # A branch that only isolates code is always taken: see `lowrank_optax.transforms.split.isolate`.
-                pick = max if worst or "/isolate/" in line else min
+                pick = max if worst else min
                 found += pick((walk(b) for b in names), key=lambda c: sum(x.bytes for x in c))
             elif called := _CALLED.search(line):
                 trips = _TRIPS.search(line)
-                found += walk(called[1]) * (int(trips[1]) if trips else 1)
+                often = int(trips[1]) if trips else 1
+                # A loop in the place of a branch, see `lowrank_optax.linalg.apply_if`, usually does not run.
+                found += walk(called[1]) * (often if worst or "/apply_if/while" not in line else 0)
         return found
 
     return walk(entry)

@@ -30,6 +30,16 @@ def all_finite(tree: Any) -> jax.Array:
     return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in leaves], jnp.ones((), bool))
 
 
+def apply_if(when: jax.Array, f: Callable[[Any], Any], x: Any) -> Any:
+    """`f(x)` where `when`, else x, as a loop of one pass or none: a branch that returns x would copy it."""
+
+    def body(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        return jnp.zeros_like(carry[0]), f(carry[1])
+
+    with jax.named_scope("apply_if"):  # in compiled programs tells this from a loop that runs
+        return jax.lax.while_loop(lambda carry: carry[0], body, (when, x))[1]
+
+
 def signs(x: jax.Array) -> jax.Array:
     """-1 where x is negative, else 1, in the dtype of x."""
     return jnp.where(x < 0, -jnp.ones_like(x), jnp.ones_like(x))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_optax import balanced
+from lowrank_optax import balanced, linalg
 from lowrank_optax import manifold as mf
 from lowrank_optax.linalg import all_finite, transpose
 from lowrank_optax.lowrank import LowRank, cast_like, is_lowrank
@@ -190,7 +190,7 @@ def carry(
     if when is None:
         values, finite = move(values)
     else:
-        values, finite = jax.lax.cond(when, move, lambda x: (x, jnp.ones((), bool)), values)
+        values, finite = linalg.apply_if(when, lambda old: move(old[0]), (values, jnp.ones((), bool)))
     return _lower(shell, values), finite
 
 

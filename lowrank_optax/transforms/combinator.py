@@ -239,7 +239,6 @@ def fixed_rank(
         method: st.Method, split: Split, grad_fn: Any, extra: dict[str, Any], updates: Any, state: Any, params: Any
     ) -> tuple[Any, FixedRankState]:
         _check_state(method, split, state, params)
-        split = split.isolated(state.notfinite_count >= 0)
         finite = linalg.all_finite(split.ordinary(updates))
         if not split:
             moved_updates, inner_state = method.inner.update(updates, state.inner_state, params, **extra)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from lowrank_optax import explicit, linalg
 from lowrank_optax.lowrank import LowRank, is_lowrank
@@ -47,22 +47,11 @@ class Split:
             if is_kernel(leaf):
                 groups.setdefault(_key(leaf), []).append(i)
         self._treedef = treedef
-        self._true: jax.Array | None = None
         self._groups = list(groups.values())
         self._ordinary = [i for i, leaf in enumerate(leaves) if not is_kernel(leaf)]
 
     def __bool__(self) -> bool:
         return bool(self._groups)
-
-    def isolated(self, true: jax.Array) -> Split:
-        """The same split, of which stacking and unstacking are compiled on their own.
-
-        Args:
-          true: a true value that the compiler cannot know, see `isolate`.
-        """
-        other = copy.copy(self)
-        other._true = true
-        return other
 
     def each(self, tree: Any) -> list[Any]:
         """What `tree`, of the structure of the parameters, holds at every kernel."""
@@ -77,7 +66,7 @@ class Split:
     def stack(self, groups: list[list[Any]]) -> list[Any]:
         """Stacks the leaves of the equal trees of each group along a new first axis; one tree is left as it is."""
         many = [group for group in groups if len(group) > 1]
-        stacked = iter(isolate(self._true, lambda many: [_stack(group) for group in many], many))
+        stacked = iter(isolate(lambda many: [_stack(group) for group in many], many))
         return [next(stacked) if len(group) > 1 else group[0] for group in groups]
 
     def unstack(self, trees: list[Any], sizes: list[int]) -> list[list[Any]]:
@@ -91,7 +80,7 @@ class Split:
             counts = (size for _, size in many)
             return [[_slice(tree, j) for j in positions[:size]] for tree, size in zip(trees, counts, strict=True)]
 
-        apart = iter(isolate(self._true, slices, [tree for tree, _ in many], positions))
+        apart = iter(isolate(slices, [tree for tree, _ in many], positions))
         return [next(apart) if size > 1 else [tree] for tree, size in zip(trees, sizes, strict=True)]
 
     def ordinary(self, tree: Any) -> list[Any]:
@@ -140,33 +129,27 @@ def is_kernel(x: Any) -> bool:
 
 
 def _stack(trees: list[Any]) -> Any:
-    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+    return jax.tree.map(lambda *xs: jax.lax.concatenate([jax.lax.expand_dims(x, (0,)) for x in xs], 0), *trees)
 
 
 def _slice(tree: Any, j: jax.Array) -> Any:
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, j, keepdims=False), tree)
+    def one(x: jax.Array) -> jax.Array:
+        zeros = [jnp.zeros_like(j)] * (x.ndim - 1)
+        return jax.lax.squeeze(jax.lax.dynamic_slice(x, [j, *zeros], (1, *x.shape[1:])), (0,))
+
+    return jax.tree.map(one, tree)
 
 
-def isolate(true: jax.Array | None, f: Callable[..., Any], *args: Any) -> Any:
+def isolate(f: Callable[..., Any], *args: Any) -> Any:
     """`f(*args)`, on CPU compiled on its own: not fused with what makes its arguments or uses its results.
 
     XLA on CPU fuses a slice into every user of it, together with what made the array it is taken from. Its position is
-    then a constant of the user, and code that is the same for all kernels is compiled once for each. A branch is not
-    fused with what is around it.
-
-    Args:
-      true: the condition of the branch; None for no branch.
-      f: a function of arrays.
-      *args: its arguments.
+    then a constant of the user, and code that is the same for all kernels is compiled once for each. A call that is
+    not inlined is not fused with what is around it.
     """
-    if true is None or not jax.tree.leaves(args):
-        return f(*args)
 
-    def zeros(*args: Any) -> Any:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, *args))
+    def call(*args: Any) -> Any:
+        with set_xla_metadata(inlineable="false"):
+            return jax.jit(f)(*args)
 
-    def branch(*args: Any) -> Any:
-        with jax.named_scope("isolate"):  # in compiled programs tells this from a branch that chooses
-            return jax.lax.cond(true, f, zeros, *args)
-
-    return jax.lax.platform_dependent(*args, cpu=branch, default=f)
+    return jax.lax.platform_dependent(*args, cpu=call, default=f) if jax.tree.leaves(args) else f(*args)

@@ -147,7 +147,8 @@ def canonicalize(method: Method, split: Split, point: Point, grads: Any) -> tupl
     Ws, gs = split.kernels(point.params), split.kernels(grads)
     ok = jnp.all(jnp.stack([mf.is_canonical(W) for W in Ws]))
 
-    def turn(Ws: Kernels, gs: Kernels) -> tuple[Kernels, Kernels, list[Any]]:
+    def turn(old: tuple[Kernels, Kernels, Any]) -> tuple[Kernels, Kernels, Any]:
+        Ws, gs, _ = old
         gauges = [mf.gauge(W) for W in Ws]
         turned = [
             LowRank(W.U @ p, linalg.diagonal(sigma), W.V @ q) for W, (p, sigma, q) in zip(Ws, gauges, strict=True)
@@ -155,10 +156,7 @@ def canonicalize(method: Method, split: Split, point: Point, grads: Any) -> tupl
         gs = [mf.rotate(g, p, q) for g, (p, _, q) in zip(gs, gauges, strict=True)]
         return turned, gs, [(p, q) for p, _, q in gauges]
 
-    def same(Ws: Kernels, gs: Kernels) -> tuple[Kernels, Kernels, list[Any]]:
-        return Ws, gs, [(W.S, W.S) for W in Ws]  # no turn is made
-
-    Ws, gs, turns = jax.lax.cond(ok, same, turn, Ws, gs)
+    Ws, gs, turns = linalg.apply_if(~ok, turn, (Ws, gs, [(W.S, W.S) for W in Ws]))
     changes = [gauge_change(method.momentum, p, q) for p, q in turns]
     inner_state, finite = method.carry(point.inner_state, split, changes, ~ok)
     return point._replace(inner_state=inner_state, finite=point.finite & finite), Ws, gs
