@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -65,23 +66,16 @@ class Split:
 
     def stack(self, groups: list[list[Any]]) -> list[Any]:
         """Stacks the leaves of the equal trees of each group along a new first axis; one tree is left as it is."""
-        many = [group for group in groups if len(group) > 1]
-        stacked = iter(isolate(lambda many: [_stack(group) for group in many], many))
-        return [next(stacked) if len(group) > 1 else group[0] for group in groups]
+        return [isolate(_stack, group) if len(group) > 1 else group[0] for group in groups]
 
     def unstack(self, trees: list[Any], sizes: list[int]) -> list[list[Any]]:
         """The inverse of `stack`."""
-        many = [(tree, size) for tree, size in zip(trees, sizes, strict=True) if size > 1]
         # Behind a barrier the positions stay values, so that all slices of one shape are the same compiled code.
-        most = max((size for _, size in many), default=0)
-        positions = jax.lax.optimization_barrier([jnp.int32(j) for j in range(most)])
-
-        def slices(trees: list[Any], positions: list[jax.Array]) -> list[list[Any]]:
-            counts = (size for _, size in many)
-            return [[_slice(tree, j) for j in positions[:size]] for tree, size in zip(trees, counts, strict=True)]
-
-        apart = iter(isolate(slices, [tree for tree, _ in many], positions))
-        return [next(apart) if size > 1 else [tree] for tree, size in zip(trees, sizes, strict=True)]
+        positions = jax.lax.optimization_barrier([jnp.int32(j) for j in range(max(sizes, default=0))])
+        return [
+            isolate(_unstack, tree, positions[:size]) if size > 1 else [tree]
+            for tree, size in zip(trees, sizes, strict=True)
+        ]
 
     def ordinary(self, tree: Any) -> list[Any]:
         """What `tree` holds at the other leaves."""
@@ -128,20 +122,22 @@ def is_kernel(x: Any) -> bool:
     return is_lowrank(x) and not any(isinstance(y, optax.MaskedNode) for y in (x.U, x.S, x.V))
 
 
+@jax.jit  # traced once for each shape
 def _stack(trees: list[Any]) -> Any:
     return jax.tree.map(lambda *xs: jax.lax.concatenate([jax.lax.expand_dims(x, (0,)) for x in xs], 0), *trees)
 
 
-def _slice(tree: Any, j: jax.Array) -> Any:
-    def one(x: jax.Array) -> jax.Array:
-        zeros = [jnp.zeros_like(j)] * (x.ndim - 1)
+@jax.jit
+def _unstack(tree: Any, positions: list[jax.Array]) -> list[Any]:
+    def at(j: jax.Array, x: jax.Array) -> jax.Array:
+        zeros = positions[:1] * (x.ndim - 1)
         return jax.lax.squeeze(jax.lax.dynamic_slice(x, [j, *zeros], (1, *x.shape[1:])), (0,))
 
-    return jax.tree.map(one, tree)
+    return [jax.tree.map(functools.partial(at, j), tree) for j in positions]
 
 
 def isolate(f: Callable[..., Any], *args: Any) -> Any:
-    """`f(*args)`, on CPU compiled on its own: not fused with what makes its arguments or uses its results.
+    """`f(*args)` of a jitted f, on CPU compiled on its own: not fused with what makes its arguments or uses its results.
 
     XLA on CPU fuses a slice into every user of it, together with what made the array it is taken from. Its position is
     then a constant of the user, and code that is the same for all kernels is compiled once for each. A call that is
@@ -150,6 +146,6 @@ def isolate(f: Callable[..., Any], *args: Any) -> Any:
 
     def call(*args: Any) -> Any:
         with set_xla_metadata(inlineable="false"):
-            return jax.jit(f)(*args)
+            return f(*args)
 
     return jax.lax.platform_dependent(*args, cpu=call, default=f) if jax.tree.leaves(args) else f(*args)
