@@ -1,13 +1,18 @@
 """Run the benchmarks, each case in a process of its own, and write a record, a table and a picture.
 
-python -m benchmarks                    # under 10 minutes on two cores
-python -m benchmarks --smoke            # seconds, for tests
-python -m benchmarks --out runs/bench --only size
-taskset -c 0 python -m benchmarks       # one core; on a GPU the same command
+    python -m benchmarks                    # on a GPU the same command
+    python -m benchmarks --smoke            # a minute or two, for tests
+    python -m benchmarks --out runs/bench --only size
+    taskset -c 0 python -m benchmarks       # one core
+    python -m benchmarks --small-pages      # memory in pages of 4 KB
+
+Memory comes in huge pages, for every method: a compiled step takes its temporary arrays anew from the system each time,
+and with small pages half of an optimizer's time on a CPU is the system's, handing out and clearing pages.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,7 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="one small case of each kind")
     parser.add_argument("--only", choices=("size", "phases", "depth"), help="cases of one kind")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder (default: %(default)s)")
+    parser.add_argument("--small-pages", action="store_true", help="do not ask for huge pages of memory")
     args = parser.parse_args(argv)
+    if not args.small_pages:
+        os.environ.setdefault(measure.PAGES, measure.HUGE_PAGES)  # read when a process starts: by those of the cases
     machine = measure.machine()
     chosen = (cases.smoke if args.smoke else cases.every)(machine["platform"])
     chosen = [case for case in chosen if args.only in (None, case["kind"])]

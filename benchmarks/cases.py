@@ -39,9 +39,10 @@ def every(platform: str) -> list[dict[str, Any]]:
         },
         {"kind": "phases", "d": 512, "rank": 64, "layers": 4, "repeats": 5},
     ]
-    for d, rank in ((256, 32), (512, 32), (1024, 32), (1024, 128)):
-        chosen.append({"kind": "size", "d": d, "rank": rank, "layers": 1, "methods": ALL, "repeats": 3})
-    chosen += [{"kind": "depth", "d": 128, "rank": 16, "layers": n, "repeats": 3} for n in (1, 12, 48)]
+    one_block = {"kind": "size", "layers": 1, "repeats": 3}
+    chosen += [{**one_block, "d": d, "rank": 32, "methods": ALL} for d in (256, 512, 1024)]
+    chosen += [{**one_block, "d": 512, "rank": 128, "methods": ["full", "factors", "lowrank_adam"]}]
+    chosen += [{"kind": "depth", "d": 128, "rank": 16, "layers": n, "repeats": 3} for n in (1, 48)]
     if platform == "gpu":
         chosen += [{**case, "dtype": "bfloat16"} for case in chosen if case["kind"] == "size"]
     return chosen
@@ -71,7 +72,8 @@ def size_case(size: Size, methods: list[str], repeats: int) -> dict[str, Any]:
     records, calls = {}, {}
     for name in methods:
         subject = subjects.build(name, size)
-        grads = jax.jit(lambda p, b, s=subject: s.gradient(p, b)[1])(subject.params, subject.batch)
+        gradient = measure.quickly_compiled(subject.gradient, subject.params, subject.batch)
+        _, grads = gradient(subject.params, subject.batch)
         size_of_state, size_of_params = measure.size_of(subject.state), measure.size_of(subject.params)
         step = measure.program(subject.step, subject.params, subject.state, subject.batch, donate=(0, 1))
         update = measure.program(subject.update, grads, subject.params, subject.state, donate=(1, 2))

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+PAGES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"  # Linux with glibc 2.35 or newer; others ignore it
+
 
 def machine() -> dict[str, Any]:
     """What the figures belong to."""
@@ -27,6 +29,7 @@ def machine() -> dict[str, Any]:
         "device": names[0] if device.platform == "cpu" and names else device.device_kind,
         "platform": device.platform,
         "cores": cores,
+        "pages": "huge" if HUGE_PAGES in os.environ.get(PAGES, "") else "small",
         "jax": jax.__version__,
         "python": platform.python_version(),
     }
@@ -40,6 +43,12 @@ class Program:
     trace_s: float
     compile_s: float
     peak: int
+
+
+def quickly_compiled(f: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+    """Compiled `f`, on a CPU without optimisation: for what is not timed."""
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(f).lower(*args).compile(options)
 
 
 def program(f: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Program:

@@ -30,9 +30,9 @@ def write(out: Path) -> None:
 def header(result: dict[str, Any]) -> str:
     m = result["machine"]
     return (
-        f"{m['device']}, {m['platform']}, cores: {m['cores']}, jax {m['jax']}, Python {m['python']}; "
-        f"{result['seconds']} s in all. Times are medians with quartiles; ratios are taken within rounds. "
-        "Peak is what the compiled step needs: arguments, results and temporaries."
+        f"{m['device']}, {m['platform']}, cores: {m['cores']}, {m['pages']} pages of memory, jax {m['jax']}, "
+        f"Python {m['python']}; {result['seconds']} s in all. Times are medians with quartiles; ratios are of one "
+        "round. Peak is what the compiled step needs: arguments, results and temporaries."
     )
 
 

@@ -7,6 +7,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import lowrank_optax as lro
 
@@ -50,6 +51,24 @@ def zero_lowrank(key: jax.Array, W: lro.LowRank) -> lro.LowRank:
     split = lro.Axes(len(W.batch_shape), len(W.in_shape))
     W = lro.lowrank_init(W.rank, axes=split)(key, W.shape, W.dtype)
     return lro.LowRank(W.U, jnp.zeros_like(W.S), W.V)
+
+
+def singular_values(x: Any) -> np.ndarray:
+    """Those of a kernel in any form, of an Adapter its delta's: `(kernels, count)`, NaN if it is not finite."""
+    if isinstance(x, Adapter):
+        return singular_values(x.delta)
+    if isinstance(x, lro.LowRank):
+        small = np.asarray(x.S, np.float32)
+    elif isinstance(x, Pair):
+        rank = x.A.shape[-1]
+        factors = x.A.reshape(-1, rank), x.B.reshape(rank, -1).T
+        left, right = (np.linalg.qr(np.asarray(y, np.float32), "r") for y in factors)
+        small = left @ right.T
+    else:
+        small = np.asarray(x.reshape(-1, x.shape[-1]), np.float32)
+    if not np.isfinite(small).all():
+        return np.full((1, min(small.shape[-2:])), np.nan)
+    return np.atleast_2d(np.linalg.svd(small, compute_uv=False))
 
 
 def apply(model: nn.Module) -> Callable[..., Any]:

@@ -219,4 +219,14 @@ def mean_rank(params: Params) -> float | None:
     return float(np.mean([np.asarray(r, float).mean() for r in _ranks(nodes).values()]))
 
 
+def spectrum(task: Task, params: Params) -> list[float]:
+    """Mean over the kernels of the singular values relative to the largest, as many as every kernel has."""
+    nodes, groups = (jax.tree.leaves(x, is_leaf=kernels.is_factored) for x in (params, labels(task, params)))
+    pairs = zip(nodes, groups, strict=True)
+    values = [kernels.singular_values(x) for x, group in pairs if group == "kernels" or kernels.is_factored(group)]
+    least = min(v.shape[-1] for v in values)
+    relative = np.concatenate([v[:, :least] / np.maximum(v[:, :1], np.finfo(np.float32).tiny) for v in values])
+    return [float(x) for x in relative.mean(0)]
+
+
 _ranks = jax.jit(lro.ranks)  # its small operations take seconds to compile one by one

@@ -45,5 +45,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(x) for x in value]
     # JSON has no NaN: a diverged loss is null.
     return None if isinstance(value, float) and not math.isfinite(value) else value

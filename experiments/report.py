@@ -8,8 +8,9 @@ A block of RESULTS.md says what it shows, and everything up to its end is writte
     <!-- end -->
 
 The words after the experiment choose runs by their settings; `labels` (default: all) chooses rows and their order;
-`show` is a list of `table`, `curves` (loss against steps), `ranks` (rank against steps) and `budget` (loss against
-parameters). A method is shown at the step size that was best on the first seed, with all the seeds run there.
+`show` is a list of `table`, `curves` (loss against steps), `ranks` (rank against steps), `spectra` (singular values
+of the kernels) and `budget` (loss against parameters). A method is shown at the step size that was best on the first
+seed, with all the seeds run there.
 """
 
 import argparse
@@ -145,6 +146,16 @@ def ranks(axis: Any, rows: list[Row]) -> None:
     axis.set(xlabel="training steps", ylabel="mean rank of the kernels")
 
 
+def spectra(axis: Any, rows: list[Row]) -> None:
+    """Singular values relative to the largest, mean over kernels, on the first seed: dotted before training."""
+    for i, row in enumerate(rows):
+        runs = [run for run in row.runs if run.get("spectra")]
+        for (step, values), style in zip(runs[0]["spectra"] if runs else [], (":", "-"), strict=False):
+            label = {"label": row.label} if step else {}
+            axis.semilogy(range(1, len(values) + 1), values, style, color=f"C{i % 10}", **label)
+    axis.set(xlabel="singular value, by size", ylabel="relative to the largest, mean of the kernels (dotted: start)")
+
+
 def budget(axis: Any, rows: list[Row]) -> None:
     """Validation loss against parameters: a line a method, a point a rank."""
     lines: dict[str, list[Row]] = collections.defaultdict(list)
@@ -158,7 +169,7 @@ def budget(axis: Any, rows: list[Row]) -> None:
     axis.set(xlabel="trained parameters", ylabel=f"validation loss ({rows[0].runs[0]['unit']})", xscale="log")
 
 
-PICTURES = {"curves": curves, "ranks": ranks, "budget": budget}
+PICTURES = {"curves": curves, "ranks": ranks, "spectra": spectra, "budget": budget}
 
 
 def draw(kind: str, rows: list[Row], title: str, path: Path) -> None:

@@ -84,12 +84,13 @@ def summarise(label: str, settings: dict[str, Any], path: Path) -> dict[str, Any
             run[name.removeprefix("validation_")] = _round(checks[-1][name])
     if len({rank for _, rank in ranks}) > 1:
         run["ranks"] = ranks[:: max(1, len(ranks) // 20)]
+    run["spectra"] = [[r["step"], [_round(x, 3) for x in r["spectrum"]]] for r in records if "spectrum" in r]
     run["step_ms"] = round(statistics.median(times), 1) if times else None
     return run
 
 
-def _round(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.5g}")
+def _round(value: float | None, digits: int = 5) -> float | None:
+    return None if value is None else float(f"{value:.{digits}g}")
 
 
 class Sweep:

@@ -128,6 +128,7 @@ def train(config: Config, session: Session, name: str, interrupted: Callable[[],
         with log_file, bar:
             if start == 0:
                 log_file.write(step=0, **evaluate(task, state))
+                log_file.write(step=0, spectrum=methods.spectrum(task, state.params))
             clock, since = None, start  # no clock before the first step has compiled
             for step in range(start + 1, last + 1):
                 state, loss = train_step(task.loss, state, task.batch(config.seed, step))
@@ -155,6 +156,8 @@ def train(config: Config, session: Session, name: str, interrupted: Callable[[],
                         return True  # diverged: no checkpoint, and the next method may run
                 check = step % config.eval_every == 0 or step == config.steps
                 if check:
+                    if step == config.steps:
+                        log_file.write(step=step, spectrum=methods.spectrum(task, state.params))
                     log_file.write(step=step, **evaluate(task, state))
                 leave = step == last or interrupted()
                 save = config.save_every and (leave or step % config.save_every == 0)

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments import metrics, pretrain, table, text
+import lowrank_optax as lro
+from experiments import kernels, metrics, pretrain, table, text
 from experiments.methods import METHODS
 
 DENSE = [name for name, method in METHODS.items() if method.form == "dense"]
@@ -65,6 +67,15 @@ def assert_same_run(first: Path, second: Path, name: str) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+def test_singular_values_are_those_of_the_kernel() -> None:
+    kernel = np.random.default_rng(0).normal(size=(3, 4, 5)) @ np.diag([3.0, 1, 1, 0.1, 0])
+    expected = np.linalg.svd(kernel.reshape(12, 5), compute_uv=False)
+    W = lro.factorize({"W": kernel}, 5, where=lambda path, shape: lro.Axes(0, 2))["W"]
+    for x in (jnp.asarray(kernel), W, kernels.balanced(W), kernels.Adapter(jnp.asarray(kernel), W)):
+        np.testing.assert_allclose(kernels.singular_values(x)[0], expected, atol=1e-5)  # rounding of float32
+    assert np.isnan(kernels.singular_values(jnp.full((3, 2), jnp.nan))).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains(name: str, finished: Callable[[str], Path]) -> None:
@@ -72,6 +83,10 @@ def test_every_method_trains(name: str, finished: Callable[[str], Path]) -> None
     assert header["method"] == name and header["seed"] == 0 and header["jax"] == jax.__version__
     validation = [r["validation_loss"] for r in rows if "validation_loss" in r]
     assert len(validation) == 3 and validation[-1] < validation[0]
+    (first, start), (last, end) = ((r["step"], r["spectrum"]) for r in rows if "spectrum" in r)
+    assert (first, last) == (0, header["steps"]) and sorted(end, reverse=True) == end
+    dead = METHODS[name].form == "zero pair"  # no gradient reaches it
+    assert (start[0], end[0]) == ((0, 0) if dead else (1, 1)) and (start != end) != dead
     ranks = {r["rank"] for r in rows if "rank" in r}
     assert ranks == (set() if name in DENSE else {4.0})
 

@@ -82,14 +82,15 @@ def test_report_fills_its_blocks(tmp_path: Path) -> None:
         *(run("full", lr, 0, loss) for lr, loss in ((0.1, 2.0), (0.2, 1.0), (0.4, None))),
         run("full", 0.2, 1, 1.2),
         run("lora", 0.1, 0, 3.1),
-        run("lowrank_adam:momentum=tangent", 0.1, 0, 1.6),
+        run("lowrank_adam:momentum=tangent", 0.1, 0, 1.6)
+        | {"spectra": [[0, [1, 0.5]], [10, [1, 0.1]]], "ranks": [[1, 4.0], [10, 3.5]]},
     ]
     results = tmp_path / "results"
     results.mkdir()
     (results / "pretrain.jsonl").write_text("".join(json.dumps(r) + "\n" for r in runs))
     document = tmp_path / "RESULTS.md"
     document.write_text(
-        "before\n<!-- runs: pretrain steps=10 show=table,curves -->\nold\n<!-- end -->\nbetween\n"
+        "before\n<!-- runs: pretrain steps=10 show=table,curves,ranks,spectra -->\nold\n<!-- end -->\nbetween\n"
         "<!-- runs: pretrain steps=10 labels=lora,full -->\n<!-- end -->\nafter\n"
     )
     arguments = ["--document", str(document), "--results", str(results)]
@@ -99,7 +100,8 @@ def test_report_fills_its_blocks(tmp_path: Path) -> None:
     assert "| `full` | 1,000 | 800 | 0.2 | 3 | 2 | 1.1000 ± 0.1 |  |" in text
     # 3.1 - 1.6 of 3.1 - 1.1
     assert "| `lowrank_adam:momentum=tangent` | 1,000 | 800 | 0.1 | 1 | 1 | 1.6000 | 75% |" in text
-    assert (results / "pretrain-steps-10-curves.png").stat().st_size > 1000
+    for kind in ("curves", "ranks", "spectra"):
+        assert (results / f"pretrain-steps-10-{kind}.png").stat().st_size > 1000
     second = text[text.index("between") :]
     assert second.index("`lora`") < second.index("`full`") and "tangent" not in second
     report.main(arguments)

@@ -137,7 +137,7 @@ def _unstack(tree: Any, positions: list[jax.Array]) -> list[Any]:
 
 
 def isolate(f: Callable[..., Any], *args: Any) -> Any:
-    """`f(*args)` of a jitted f, on CPU compiled on its own: not fused with what makes its arguments or uses its results.
+    """`f(*args)`, f jitted, on CPU compiled on its own: not fused with what makes its arguments or uses its results.
 
     XLA on CPU fuses a slice into every user of it, together with what made the array it is taken from. Its position is
     then a constant of the user, and code that is the same for all kernels is compiled once for each. A call that is
