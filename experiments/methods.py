@@ -32,6 +32,7 @@ import optax
 import lowrank_optax as lro
 from experiments import kernels
 from experiments.task import Params, Task
+from lowrank_optax.optimizers import balanced_where_allowed
 
 if TYPE_CHECKING:
     from experiments.config import Config
@@ -99,10 +100,8 @@ def _geometry(config: "Config") -> dict[str, Any]:
 def _lowrank_adam(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
     # lro.lowrank_adam with its default momentum and clipping, which must be inside to act on what the step sees.
     geometry = _geometry(config)
-    allowed = geometry["gradient"] == "projected" and geometry["retraction"] == "svd" and geometry["rank"] is None
-    if geometry["momentum"] is None and allowed:
-        geometry["momentum"] = "balanced"
-    return lro.fixed_rank(_adamw(schedule, config), **geometry)
+    momentum = balanced_where_allowed(**{k: geometry[k] for k in ("momentum", "gradient", "retraction", "rank")})
+    return lro.fixed_rank(_adamw(schedule, config), **{**geometry, "momentum": momentum})
 
 
 def _lowrank_heavy_ball(schedule: Schedule, config: "Config") -> optax.GradientTransformation:

@@ -159,7 +159,7 @@ def lowrank_adam(
     inner = optax.adamw(learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov)
     return fixed_rank(
         inner,
-        momentum=_balanced_where_allowed(momentum, gradient, retraction, rank),
+        momentum=balanced_where_allowed(momentum, gradient, retraction, rank),
         gradient=gradient,
         local_steps=local_steps,
         retraction=retraction,
@@ -314,7 +314,7 @@ def lowrank_muon(
     )
     return fixed_rank(
         inner,
-        momentum=_balanced_where_allowed(momentum, gradient, retraction, rank),
+        momentum=balanced_where_allowed(momentum, gradient, retraction, rank),
         gradient=gradient,
         local_steps=local_steps,
         retraction=retraction,
@@ -324,7 +324,7 @@ def lowrank_muon(
     )
 
 
-def _balanced_where_allowed(
+def balanced_where_allowed(
     momentum: Momentum | None, gradient: Gradient, retraction: Retraction, rank: RankPolicy | None
 ) -> Momentum | None:
     """The default of optimizers with normalised steps, by the evidence of RESULTS.md."""
