@@ -114,7 +114,9 @@ def tolerance(theta: float | jax.Array, *, min_rank: int = 1, max_rank: int | No
 
     Args:
       theta: relative tail, usually 0.001 to 0.1. The error of every step adds up to theta / h over a
-        trajectory of step size h, so smaller steps want a smaller theta.
+        trajectory of step size h, so smaller steps want a smaller theta. A step lies in the tangent space, and
+        new directions enter at its second order, with singular values of about h^2 / sigma_r for a step of norm h:
+        ranks only grow where theta is below that relative to |W|.
       min_rank: lower bound.
       max_rank: upper bound; default the width of the factors.
 
