@@ -37,7 +37,7 @@ def every(platform: str) -> list[dict[str, Any]]:
             "methods": ["full", "factors", "lowrank_adam"],
             "repeats": 3,
         },
-        {"kind": "phases", "d": 512, "rank": 64, "layers": 4, "repeats": 5},
+        {"kind": "phases", "d": 512, "rank": 64, "layers": 4, "repeats": 3},
     ]
     one_block = {"kind": "size", "layers": 1, "repeats": 3}
     chosen += [{**one_block, "d": d, "rank": 32, "methods": ALL} for d in (256, 512, 1024)]
