@@ -7,7 +7,7 @@
     python -m benchmarks --small-pages      # memory in pages of 4 KB
 
 Memory comes in huge pages, for every method: a compiled step takes its temporary arrays anew from the system each time,
-and with small pages half of an optimizer's time on a CPU is the system's, handing out and clearing pages.
+and in small pages handing them out is a quarter of the time of a low-rank update, half of that of dense AdamW's.
 """
 
 import argparse
