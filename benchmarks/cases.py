@@ -16,32 +16,20 @@ from lowrank_optax import manifold as mf
 from lowrank_optax.transforms.split import Split
 
 ALL = ["full", "full_muon", "galore", "factors", "lowrank_adam"]
+FEW = ["full", "factors", "lowrank_adam"]
 
 
 def every(platform: str) -> list[dict[str, Any]]:
     """All cases. The first two have the sizes and methods that the targets name."""
+    four_blocks = {"rank": 64, "layers": 4}
     chosen: list[dict[str, Any]] = [
-        {
-            "kind": "size",
-            "d": 512,
-            "rank": 64,
-            "layers": 4,
-            "methods": [*ALL, "lowrank_adam:coefficient"],
-            "repeats": 5,
-        },
-        {
-            "kind": "size",
-            "d": 1024,
-            "rank": 64,
-            "layers": 4,
-            "methods": ["full", "factors", "lowrank_adam"],
-            "repeats": 3,
-        },
-        {"kind": "phases", "d": 512, "rank": 64, "layers": 4, "repeats": 3},
+        {"kind": "size", "d": 512, **four_blocks, "methods": [*ALL, "lowrank_adam:coefficient"], "repeats": 5},
+        {"kind": "size", "d": 1024, **four_blocks, "methods": FEW, "repeats": 3},
+        {"kind": "phases", "d": 512, **four_blocks, "repeats": 3},
     ]
     one_block = {"kind": "size", "layers": 1, "repeats": 3}
     chosen += [{**one_block, "d": d, "rank": 32, "methods": ALL} for d in (256, 512, 1024)]
-    chosen += [{**one_block, "d": 512, "rank": 128, "methods": ["full", "factors", "lowrank_adam"]}]
+    chosen += [{**one_block, "d": 512, "rank": 128, "methods": FEW}]
     chosen += [{"kind": "depth", "d": 128, "rank": 16, "layers": n, "repeats": 3} for n in (1, 48)]
     if platform == "gpu":
         chosen += [{**case, "dtype": "bfloat16"} for case in chosen if case["kind"] == "size"]

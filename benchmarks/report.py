@@ -69,7 +69,7 @@ def phases_table(case: dict[str, Any]) -> str:
     phases = case["phases"]
     step = phases["step"]["median"]
     rows = [
-        f"**Where a step of low-rank Adam goes: d = {case['d']}, r = {case['rank']}, {case['layers']} blocks**",
+        f"**Where a step of low-rank Adam goes: d = {case['d']}, r = {case['rank']}, {_blocks(case['layers'])}**",
         "",
         "| part | ms | share of the step |",
         "|---|---|---|",

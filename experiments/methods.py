@@ -99,9 +99,9 @@ def _geometry(config: "Config") -> dict[str, Any]:
 
 def _lowrank_adam(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
     # lro.lowrank_adam with its default momentum and clipping, which must be inside to act on what the step sees.
-    geometry = _geometry(config)
-    momentum = balanced_where_allowed(**{k: geometry[k] for k in ("momentum", "gradient", "retraction", "rank")})
-    return lro.fixed_rank(_adamw(schedule, config), **{**geometry, "momentum": momentum})
+    g = _geometry(config)
+    g["momentum"] = balanced_where_allowed(g["momentum"], g["gradient"], g["retraction"], g["rank"])
+    return lro.fixed_rank(_adamw(schedule, config), **g)
 
 
 def _lowrank_heavy_ball(schedule: Schedule, config: "Config") -> optax.GradientTransformation:

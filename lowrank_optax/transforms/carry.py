@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_optax import balanced, linalg
+from lowrank_optax import balanced
 from lowrank_optax import manifold as mf
-from lowrank_optax.linalg import all_finite, transpose
+from lowrank_optax.linalg import all_finite, apply_if, transpose
 from lowrank_optax.lowrank import LowRank, cast_like, is_lowrank
 from lowrank_optax.transforms.split import Place, Split
 
@@ -190,7 +190,7 @@ def carry(
     if when is None:
         values, finite = move(values)
     else:
-        values, finite = linalg.apply_if(when, lambda old: move(old[0]), (values, jnp.ones((), bool)))
+        values, finite = apply_if(when, lambda old: move(old[0]), (values, jnp.ones((), bool)))
     return _lower(shell, values), finite
 
 

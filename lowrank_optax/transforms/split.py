@@ -148,4 +148,4 @@ def isolate(f: Callable[..., Any], *args: Any) -> Any:
         with set_xla_metadata(inlineable="false"):
             return f(*args)
 
-    return jax.lax.platform_dependent(*args, cpu=call, default=f) if jax.tree.leaves(args) else f(*args)
+    return jax.lax.platform_dependent(*args, cpu=call, default=f)
