@@ -10,7 +10,7 @@ balanced anew, and what rides on its columns is turned with them. Compared with 
 direction of singular value sigma moves sqrt(sigma) times as far: steps grow with the weights.
 A pair of moments is a `LowRank` triple too, `(m_A, 0, m_B)`: it has the shapes of (U, S, V), and like in the triple
 of a tangent vector m_A rides on the columns of V and m_B on those of U: for the pair A X, B Y gradients are `G_A Y` and
-`G_B X`, so `manifold.rotate_tangent` turns first moments.
+`G_B X`, so `manifold.rotate_tangent` turns first moments and `rotate_tangent_squared` second ones.
 
 References:
   Mishra, Meyer, Bonnabel, Sepulchre, `Fixed-rank matrix factorizations and Riemannian low-rank optimization
@@ -139,13 +139,3 @@ def _unit(x: jax.Array, active: jax.Array) -> jax.Array:
     top = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
     x = jnp.where(active[..., None, :] & (top > 0), x / jnp.where(top > 0, top, 1.0), 0.0)
     return x / jnp.maximum(jnp.sqrt(jnp.sum(x * x, axis=-2, keepdims=True)), 1.0)
-
-
-def turn_squared(m: LowRank, x: jax.Array, y: jax.Array) -> LowRank:
-    """Second moments for the pair A X, B Y, as those of sums of independent columns: `v_A Y^2`, elementwise square.
-
-    The columns of Y have norm 1, so each new moment is a weighted mean of the old. The square-root congruence of the
-    paper, `(sqrt(v) Y)^2`, may cancel instead: where singular values are close and bases turn fast it leaves second
-    moments near zero, and steps explode.
-    """
-    return mf.rotate_tangent(m, x * x, y * y)

@@ -73,13 +73,13 @@ def rotate_tangent(xi: LowRank, p: jax.Array, q: jax.Array) -> LowRank:
 
 
 def rotate_tangent_squared(x: LowRank, p: jax.Array, q: jax.Array) -> LowRank:
-    """Second moments of a triple for the bases U P and V Q, by the square-root congruence, block by block.
+    """Second moments of a triple for the bases U P and V Q, as those of sums of independent numbers.
 
-    The rows of U_p and V_p are those of the kernel and stay; their columns, and both sides of M, turn.
+    Weights are squared, so with columns of norm 1 each new moment is a weighted mean of the old. The square-root
+    congruence of the paper, `(sqrt(v) Q)^2`, may cancel instead: where singular values are close and bases turn fast
+    it leaves second moments near zero beside first moments that are not, and steps explode.
     """
-    root = LowRank(*(jnp.sqrt(jnp.maximum(y, 0.0)) for y in (x.U, x.S, x.V)))
-    turned = rotate_tangent(root, p, q)
-    return LowRank(jnp.square(turned.U), jnp.square(turned.S), jnp.square(turned.V))
+    return rotate_tangent(x, p * p, q * q)
 
 
 @linalg.precise
@@ -354,7 +354,27 @@ def transport(xi: LowRank, old: LowRank, new: LowRank, active: jax.Array) -> Low
 
 @linalg.precise
 def transport_squared(x: LowRank, old: LowRank, new: LowRank, active: jax.Array) -> LowRank:
-    """Carries second moments of the triple: `rotate_tangent_squared` with P = U^T U' and Q = V^T V'."""
-    p = transpose(old.U) @ jnp.where(active[..., None, :], new.U, 0.0)
-    q = transpose(old.V) @ jnp.where(active[..., None, :], new.V, 0.0)
-    return rotate_tangent_squared(x, p, q)
+    r"""Carries second moments of the triple, as those of sums of independent numbers.
+
+    With :math:`P = U^\top U'`, :math:`Q = V^\top V'`, and what of each basis is outside of the other,
+    :math:`U_o = U' - U P` and :math:`U_d = U - U' P^\top`, `transport` is
+
+    .. math::
+      M' = P^\top (M Q + B) + A Q, \quad U_p' = U_p Q - U' A Q + U_d (M Q + B), \quad
+      A = U_o^\top U_p, \quad B = V_p^\top V_o
+
+    and likewise for V. Here all weights are squared. Where bases stay this is the identity, and a coordinate with a
+    first moment has a second moment too, also after ranks have changed.
+    """
+    u_new = jnp.where(active[..., None, :], new.U, 0.0)
+    v_new = jnp.where(active[..., None, :], new.V, 0.0)
+    p, q = transpose(old.U) @ u_new, transpose(old.V) @ v_new
+    p2, q2 = jnp.square(p), jnp.square(q)
+    a = transpose(jnp.square(u_new - old.U @ p)) @ x.U
+    b = transpose(x.V) @ jnp.square(v_new - old.V @ q)
+    right, left = x.S @ q2 + b, transpose(x.S) @ p2 + transpose(a)
+    return LowRank(
+        x.U @ q2 + jnp.square(u_new) @ (a @ q2) + jnp.square(old.U - u_new @ transpose(p)) @ right,
+        transpose(p2) @ right + a @ q2,
+        x.V @ p2 + jnp.square(v_new) @ (transpose(b) @ p2) + jnp.square(old.V - v_new @ transpose(q)) @ left,
+    )

@@ -58,6 +58,7 @@ class _Tolerance(RankPolicy):
         scaled = s.sigma / jnp.where(top > 0, top, 1.0)
         tail = jnp.sqrt(jnp.cumsum(jnp.square(scaled)[..., ::-1], axis=-1)[..., ::-1])
         rank = jnp.sum(tail > self.theta * tail[..., :1], axis=-1, dtype=jnp.int32)
+        rank = jnp.where(top[..., 0] > 0, rank, s.rank)
         most = s.width if self.max_rank is None else min(self.max_rank, s.width)
         return jnp.clip(rank, min(self.min_rank, most), most)
 
@@ -94,7 +95,8 @@ class _Budget(RankPolicy):
         for s in spectra:
             shape = (*s.sigma.shape[:-1], min(s.width, s.sigma.shape[-1]))
             stop = start + jnp.zeros(shape).size
-            ranks.append(jnp.sum(keep[start:stop].reshape(shape), axis=-1, dtype=jnp.int32))
+            rank = jnp.sum(keep[start:stop].reshape(shape), axis=-1, dtype=jnp.int32)
+            ranks.append(jnp.where(top > 0, rank, s.rank))
             start = stop
         return ranks
 
@@ -110,7 +112,8 @@ def tolerance(theta: float | jax.Array, *, min_rank: int = 1, max_rank: int | No
     .. math:: r' = \min\{r : |\sigma_{r+1:}|_2 \le \theta\,|\sigma|_2\}
 
     clamped to [min_rank, max_rank]. A step adds at most as many directions as a kernel has, so ranks can
-    double in a step; they grow only if the factors are wider than the rank (`max_rank` of `factorize`).
+    double in a step; they grow only if the factors are wider than the rank (`max_rank` of `factorize`). A kernel that
+    is zero, an adapter before its first step say, keeps its rank: its singular values say nothing about it.
 
     Args:
       theta: relative tail, usually 0.001 to 0.1. The error of every step adds up to theta / h over a
@@ -146,7 +149,7 @@ def budget(parameters: int, *, min_rank: int = 1) -> RankPolicy:
     A kernel of rank r costs :math:`r (m + n) + r^2`. Singular values are taken in the order of energy for
     cost, :math:`\sigma_j^2 / (m + n + 2j - 1)`, over all kernels until the budget is spent: the greedy
     solution of "least discarded energy for a total number of parameters", within one singular value of the
-    best.
+    best. While all kernels are zero they keep their ranks.
 
     Args:
       parameters: total number of values in the active factors of all kernels that the optimizer sees.

@@ -79,12 +79,12 @@ def test_tolerance_is_the_brute_force_rule(
         ([1.0, 1.0, 1.0, 1.0], 0.9, 1),  # sqrt(3) <= 1.8
         ([3.0, 2.0, 1.0, 0.0], 0.0, 3),  # theta = 0 drops nothing but zeros.
         ([3.0, 2.0, 1.0, 0.0], 1.0, 1),  # theta = 1 drops all; the minimum stays.
-        ([0.0, 0.0, 0.0, 0.0], 0.1, 1),
+        ([0.0, 0.0, 0.0, 0.0], 0.1, 2),  # A spectrum of zeros says nothing: the rank stays.
     ],
 )
 def test_tolerance_by_hand(sigma: list[float], theta: float, rank: int) -> None:
-    assert int(lro.tolerance(theta).choose([spectrum(sigma)])[0]) == rank
-    assert int(lro.tolerance(jnp.asarray(theta)).choose([spectrum(sigma)])[0]) == rank  # inject_hyperparams
+    for number in (theta, jnp.asarray(theta)):  # inject_hyperparams makes arrays
+        assert int(lro.tolerance(number).choose([spectrum(sigma, rank=2)])[0]) == rank
 
 
 def test_tolerance_treats_kernels_separately() -> None:
@@ -201,6 +201,9 @@ def test_budget_by_hand() -> None:
         assert [int(r) for r in chooser(parameters)(spectra)] == expected
     assert [int(r) for r in lro.budget(1, min_rank=2).choose(spectra)] == [2, 2]
     assert lro.budget(10).choose([]) == []
+    nothing, something = spectrum([0.0, 0.0, 0.0], rank=2), spectrum([1.0, 0.0, 0.0], rank=3)
+    assert [int(r) for r in chooser(60)([nothing, nothing])] == [2, 2]
+    assert [int(r) for r in chooser(60)([nothing, something])] == [1, 1]
 
 
 def test_budget_refuses() -> None:
@@ -391,6 +394,24 @@ def test_no_policy_keeps_exact_zeros_alive() -> None:
     for _ in range(60):
         params, state, value = step(params, state, target)
     assert float(value) < 1e-28 and ranks_of(params, state) == {"kernel": 2}  # As above.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [lro.tolerance(0.1), lro.budget(150)], ids=["tolerance", "budget"])
+def test_an_adapter_warms_up_under_a_rank_policy(policy: lro.RankPolicy) -> None:
+    """A zero kernel, a first step of size zero: ranks stay until there is something to choose by."""
+    W = from_dense(matrix(0, 12, 10, [1.0]), 4, 8)
+    params = {"kernel": lro.LowRank(W.U, jnp.zeros_like(W.S), W.V)}
+    target = {"kernel": matrix(1, 12, 10, [3.0, 2.0, 1.0])}
+    tx = lro.lowrank_adam(optax.linear_schedule(0.0, 0.05, 5), momentum="tangent", rank=policy)
+    step, _ = descent(tx)
+    state = tx.init(params)
+    losses = []
+    for _ in range(150):
+        params, state, value = step(params, state, target)
+        losses.append(float(value))
+    assert np.all(np.diff(losses[1:30]) < 0) and losses[-1] < 1e-2 * losses[0]
+    assert 3 <= ranks_of(params, state)["kernel"] < 8
 
 
 @pytest.mark.slow

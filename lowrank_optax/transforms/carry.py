@@ -1,7 +1,7 @@
 """Moves the state of an arbitrary Optax transformation from one basis to another.
 
 Leaves of the inner state that mirror a kernel are found with `optax.tree.map_params`, as in any tool that maps
-over optimizer states; first moments among them move linearly, second moments by the square-root congruence.
+over optimizer states; first moments among them move linearly, second moments so that they stay non-negative.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_optax import balanced
 from lowrank_optax import manifold as mf
 from lowrank_optax.linalg import all_finite, apply_if, transpose
 from lowrank_optax.lowrank import LowRank, cast_like, is_lowrank
@@ -52,22 +51,15 @@ def coefficient_change(left: jax.Array, right: jax.Array) -> Change:
 
 def gauge_change(momentum: str, p: jax.Array, q: jax.Array) -> Change:
     """The change to the bases U P and V Q, for moments of any kind."""
-    if momentum == "coefficient":
-        return coefficient_change(transpose(p), transpose(q))
-    return balanced_change(p, q) if momentum == "balanced" else _turn(p, q, mf.rotate_tangent_squared)
+    return coefficient_change(transpose(p), transpose(q)) if momentum == "coefficient" else turn_change(p, q)
 
 
-def balanced_change(x: jax.Array, y: jax.Array) -> Change:
-    """The change of moments on balanced factors when the pair A, B becomes A X, B Y."""
-    return _turn(x, y, balanced.turn_squared)
-
-
-def _turn(p: jax.Array, q: jax.Array, squares: Callable[..., LowRank]) -> Change:
-    """The change of triples whose columns turn; `squares` turns second moments."""
+def turn_change(p: jax.Array, q: jax.Array) -> Change:
+    """The change of triples to the bases U P and V Q, or to the pair A P, B Q."""
 
     def apply(arrays: Any, x: LowRank, squared: bool) -> LowRank:
         p, q = arrays
-        move = squares if squared else mf.rotate_tangent
+        move = mf.rotate_tangent_squared if squared else mf.rotate_tangent
         return cast_like(move(x.astype(p.dtype), p, q), x)
 
     return Change(apply, (p, q))

@@ -67,7 +67,8 @@ def fixed_rank(
       U &\leftarrow \hat U P_1, \quad S \leftarrow \mathrm{diag}(\sigma_{1:r'}), \quad
       V \leftarrow \hat V Q_1, \quad N \leftarrow P_1^\top \hat N Q_1
 
-    and second moments are carried by :math:`v \leftarrow (P_1^\top \sqrt{v}\, Q_1)^{\circ 2}`. The gradients are
+    and second moments are carried by :math:`v \leftarrow (P_1^\top \sqrt{v}\, Q_1)^{\circ 2}`, or, where they do not
+    ride on coefficients, with squared weights: :math:`v_{U} \leftarrow v_{U} (V^\top V')^{\circ 2}`. The gradients are
     those of the factors, as `jax.grad` gives them; no array of the size of W is formed.
 
     What `inner` sees at a kernel is one matrix whose norm is the Riemannian norm: weight decay inside decays W and
@@ -101,8 +102,8 @@ def fixed_rank(
       ordinary: transformation for leaves that are not `LowRank`; default `inner`.
       move_ordinary: whether ordinary leaves also move on the augmenting call of a galerkin loop. In the loop of
         the authors they do not. If they do, step counters inside `inner` advance on that call too.
-      second_moments: names of the fields in the state of `inner` that hold squares; they are carried by the
-        square-root congruence, all other mirrors linearly.
+      second_moments: names of the fields in the state of `inner` that hold squares; they are carried so
+        that they stay non-negative, see above, all other mirrors linearly.
 
     Returns:
       A transformation whose updates are `new - old` for every factor, so that `optax.apply_updates` lands on the

@@ -22,7 +22,6 @@ from lowrank_optax.lowrank import LowRank
 from lowrank_optax.rank import RankPolicy, Spectrum, relative_tail
 from lowrank_optax.transforms.carry import (
     Change,
-    balanced_change,
     carry,
     coefficient_change,
     gauge_change,
@@ -31,6 +30,7 @@ from lowrank_optax.transforms.carry import (
     rest_finite,
     stayed_finite,
     transport_change,
+    turn_change,
 )
 from lowrank_optax.transforms.split import Split
 
@@ -308,7 +308,7 @@ def balanced_step(method: Method, split: Split, point: Point, grads: Any, extra:
         moved = balanced.rebalance(a + jnp.where(belong, d.U, 0.0), b + jnp.where(belong, d.V, 0.0), active)
         new.append(moved.kernel)
         states.append(KernelState(k.rank, balanced.norm(W, g, c), jnp.zeros_like(k.truncation)))
-        changes.append(balanced_change(moved.x, moved.y))
+        changes.append(turn_change(moved.x, moved.y))
     inner_state, finite = method.carry(inner_state, split, changes)
     finite &= point.finite & linalg.all_finite((new, [k.gradient_norm for k in states]))
     return Point(split.merge(new, split.ordinary(steps)), _states(split, states), inner_state, finite)
