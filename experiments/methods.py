@@ -101,11 +101,11 @@ def _lowrank_adam(schedule: Schedule, config: "Config") -> optax.GradientTransfo
     # lro.lowrank_adam with its default momentum and clipping, which must be inside to act on what the step sees.
     g = _geometry(config)
     g["momentum"] = balanced_where_allowed(g["momentum"], g["gradient"], g["retraction"], g["rank"])
-    return lro.fixed_rank(_adamw(schedule, config), **g)
+    return lro.fixed_rank(_adamw(schedule, config), **g, stack_kernels=True)
 
 
 def _lowrank_heavy_ball(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
-    return lro.fixed_rank(_heavy_ball(schedule, config), **_geometry(config))
+    return lro.fixed_rank(_heavy_ball(schedule, config), **_geometry(config), stack_kernels=True)
 
 
 def _lowrank_muon(schedule: Schedule, config: "Config") -> optax.GradientTransformation:

@@ -24,12 +24,15 @@ def spec(x: Any) -> PartitionSpec:
 
 
 class Placement:
-    """How parameters lie on the explicit axes of a mesh; without such axes, `auto` and `explicit` only call."""
+    """How parameters lie on the explicit axes of a mesh; without such axes false, and `auto` and `explicit` only call."""
 
     def __init__(self, params: Any):
         meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(params) if isinstance(x, jax.Array))
         self._mesh: Any = next((mesh for mesh in meshes if mesh.explicit_axes), None)
         self._params = params
+
+    def __bool__(self) -> bool:
+        return self._mesh is not None
 
     def auto(self, f: Callable[..., Any], *args: Any, like: Any = None) -> Any:
         """`f(*args)` in auto mode; the result lies as `like`, by default as mirrors of the parameters do."""

@@ -87,6 +87,7 @@ def lowrank_heavy_ball(
         rank=rank,
         move_ordinary=move_ordinary,
         ordinary=ordinary,
+        stack_kernels=mask is None,
     )
 
 
@@ -166,6 +167,7 @@ def lowrank_adam(
         rank=rank,
         move_ordinary=move_ordinary,
         ordinary=ordinary,
+        stack_kernels=mask is None,
     )
 
 
@@ -321,6 +323,7 @@ def lowrank_muon(
         rank=rank,
         move_ordinary=move_ordinary,
         ordinary=adam,
+        stack_kernels=mask is None,
     )
 
 

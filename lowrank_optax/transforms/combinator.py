@@ -18,6 +18,7 @@ from lowrank_optax.transforms import steps as st
 from lowrank_optax.transforms.carry import SECOND_MOMENTS, check_carries
 from lowrank_optax.transforms.checks import check_gradients, check_kernels
 from lowrank_optax.transforms.split import Split, is_kernel
+from lowrank_optax.transforms.stack import Stacks
 
 
 class FixedRankState(NamedTuple):
@@ -48,6 +49,7 @@ def fixed_rank(
     ordinary: optax.GradientTransformation | None = None,
     move_ordinary: bool = False,
     second_moments: tuple[str, ...] = SECOND_MOMENTS,
+    stack_kernels: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The low-rank counterpart of an Optax transformation.
 
@@ -104,6 +106,11 @@ def fixed_rank(
         the authors they do not. If they do, step counters inside `inner` advance on that call too.
       second_moments: names of the fields in the state of `inner` that hold squares; they are carried so
         that they stay non-negative, see above, all other mirrors linearly.
+      stack_kernels: give `inner` all kernels of equal shape as one with a batch axis, in the place of the first, and
+        `None` for the others. The compiled step then hardly grows with depth. Allowed where `inner` treats all kernels
+        alike, elementwise or through sums over all leaves (adam, lion, sgd, clipping by global norm), not with masks
+        that tell kernels apart or norms of single leaves (lamb). State and updates have the same structure. On a mesh
+        with explicit axes kernels are not stacked.
 
     Returns:
       A transformation whose updates are `new - old` for every factor, so that `optax.apply_updates` lands on the
@@ -232,14 +239,28 @@ def fixed_rank(
         check_gradients(updates, params)
         place = Placement(params)
         method, split = method_for(params, place), Split(params)
-        extra = {**extra_args, "kernels": params, "momentum": momentum}
-        step = functools.partial(move, method, split, place.explicit(grad_fn) if grad_fn else None, extra)
+        grad_fn = place.explicit(grad_fn) if grad_fn else None
+
+        def step(updates: Any, state: FixedRankState, params: Any, kernels: Any) -> tuple[Any, FixedRankState]:
+            _check_state(method, split, state, params)
+            if not stack_kernels or place or not split:
+                extra = {**extra_args, "kernels": kernels, "momentum": momentum}
+                return move(method, split, grad_fn, extra, updates, state, params)
+            stacks = Stacks(method.inner, params)
+            below = stacks.stack(params)
+            at = grad_fn and (lambda p: stacks.stack(_working(grad_fn(stacks.unstack(p)), params)))
+            extra = {**extra_args, "kernels": below, "momentum": momentum}
+            grads, start = stacks.stack(_working(updates, params)), stacks.stack_state(state)
+            updates, state = move(method_for(below, place), Split(below), at, extra, grads, start, below)
+            return stacks.unstack(updates), stacks.unstack_state(state)
+
+        # What inner gets as extra arguments stays as it lies on the mesh.
+        step = functools.partial(step, kernels=params)
         return place.auto(step, updates, state, params, like=(params, state))
 
     def move(
         method: st.Method, split: Split, grad_fn: Any, extra: dict[str, Any], updates: Any, state: Any, params: Any
     ) -> tuple[Any, FixedRankState]:
-        _check_state(method, split, state, params)
         finite = linalg.all_finite(split.ordinary(updates))
         if not split:
             moved_updates, inner_state = method.inner.update(updates, state.inner_state, params, **extra)

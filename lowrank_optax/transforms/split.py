@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from lowrank_optax import explicit, linalg
+from lowrank_optax import explicit
 from lowrank_optax.lowrank import LowRank, is_lowrank
 
 
@@ -66,14 +66,14 @@ class Split:
 
     def stack(self, groups: list[list[Any]]) -> list[Any]:
         """Stacks the leaves of the equal trees of each group along a new first axis; one tree is left as it is."""
-        return [isolate(_stack, group) if len(group) > 1 else group[0] for group in groups]
+        return [isolate(_stack, group) if len(group) > 1 and jax.tree.leaves(group) else group[0] for group in groups]
 
     def unstack(self, trees: list[Any], sizes: list[int]) -> list[list[Any]]:
         """The inverse of `stack`."""
         # Behind a barrier the positions stay values, so that all slices of one shape are the same compiled code.
         positions = jax.lax.optimization_barrier([jnp.int32(j) for j in range(max(sizes, default=0))])
         return [
-            isolate(_unstack, tree, positions[:size]) if size > 1 else [tree]
+            isolate(_unstack, tree, positions[:size]) if size > 1 and jax.tree.leaves(tree) else [tree] * size
             for tree, size in zip(trees, sizes, strict=True)
         ]
 
@@ -96,6 +96,21 @@ class Split:
             leaves[i] = x
         return self._treedef.unflatten(leaves)
 
+    def gather(self, tree: Any) -> Any:
+        """`tree` with every group stacked in the place of its first kernel, and None in the places of the others."""
+        leaves = self._treedef.flatten_up_to(tree)
+        stacks = self.stack([[leaves[i] for i in group] for group in self._groups])
+        for group, stack in zip(self._groups, stacks, strict=True):
+            leaves[group[0]] = stack
+            for i in group[1:]:
+                leaves[i] = None
+        return self._treedef.unflatten(leaves)
+
+    def scatter(self, tree: Any) -> Any:
+        """The inverse of `gather`."""
+        leaves = self._treedef.flatten_up_to(tree)
+        return self.merge((leaves[group[0]] for group in self._groups), (leaves[i] for i in self._ordinary))
+
     def places(self) -> Any:
         """The tree with the `Place` of every kernel, and an empty tuple at the other leaves."""
         places = (Place(g, j) for g, group in enumerate(self._groups) for j in range(len(group)))
@@ -113,8 +128,9 @@ class Split:
 
 def _key(W: LowRank) -> Any:
     """What flattened kernels must share to be stacked; on an explicit mesh also the sharding of their rows."""
-    dtype = linalg.working_dtype(W.U, W.S, W.V)
-    return math.prod(W.in_shape), math.prod(W.out_shape), W.S.shape, dtype, *map(explicit.spec, (W.U, W.S, W.V))
+    factors = W.U, W.S, W.V
+    dtypes = (jnp.result_type(x) for x in factors)
+    return math.prod(W.in_shape), math.prod(W.out_shape), W.S.shape, *dtypes, *map(explicit.spec, factors)
 
 
 def is_kernel(x: Any) -> bool:
