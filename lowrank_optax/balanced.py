@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax import linalg
-from lowrank_optax import manifold as mf
 from lowrank_optax.linalg import transpose
 from lowrank_optax.lowrank import LowRank
 

@@ -20,11 +20,13 @@ from lowrank_optax.sharding import state_specs
 
 def spec(x: Any) -> PartitionSpec:
     """The sharding of x over explicit axes, which its type states; `P()` if there is none."""
-    return jax.typeof(x).sharding.spec if isinstance(x, jax.Array) else PartitionSpec()
+    if not isinstance(x, jax.Array) or not jax.typeof(x).sharding.mesh.explicit_axes:
+        return PartitionSpec()
+    return jax.typeof(x).sharding.spec
 
 
 class Placement:
-    """How parameters lie on the explicit axes of a mesh; without such axes false, and `auto` and `explicit` only call."""
+    """How parameters lie on the explicit axes of a mesh. Without such axes it is false, and its methods only call."""
 
     def __init__(self, params: Any):
         meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(params) if isinstance(x, jax.Array))

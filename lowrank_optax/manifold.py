@@ -327,8 +327,14 @@ def assemble(frame: Frame, retraction: Retraction, rank: jax.Array) -> LowRank:
     return LowRank(frame.U @ retraction.left, linalg.diagonal(sigma), frame.V @ retraction.right)
 
 
+def trim(W: LowRank, active: jax.Array) -> LowRank:
+    """The kernel with zeros in the padded columns of U and V; `active` is the mask `(batch..., r)` of the others."""
+    U, V = (jnp.where(active[..., None, :], x, 0.0) for x in (W.U, W.V))
+    return LowRank(U, W.S, V)
+
+
 @linalg.precise
-def transport(xi: LowRank, old: LowRank, new: LowRank, active: jax.Array) -> LowRank:
+def transport(xi: LowRank, old: LowRank, new: LowRank) -> LowRank:
     r"""Carries a tangent vector at `old` to `new` by projection onto the tangent space there.
 
     With :math:`\xi V' = (U M + U_p)(V^\top V') + U (V_p^\top V')` and likewise :math:`\xi^\top U'`:
@@ -337,23 +343,20 @@ def transport(xi: LowRank, old: LowRank, new: LowRank, active: jax.Array) -> Low
     Args:
       xi: triple at `old`.
       old: kernel the triple belongs to.
-      new: kernel to carry it to.
-      active: `(batch..., r)` mask of the columns of `new` that are not padding.
+      new: kernel to carry it to, with zeros in padded columns of its bases, see `trim`.
 
     Returns:
       The triple at `new`, zero in the padded columns.
     """
-    u_new = jnp.where(active[..., None, :], new.U, 0.0)
-    v_new = jnp.where(active[..., None, :], new.V, 0.0)
-    right, left = transpose(old.V) @ v_new, transpose(old.U) @ u_new
-    xi_v = (old.U @ xi.S + xi.U) @ right + old.U @ (transpose(xi.V) @ v_new)
-    xi_u = (old.V @ transpose(xi.S) + xi.V) @ left + old.V @ (transpose(xi.U) @ u_new)
-    m = transpose(u_new) @ xi_v
-    return LowRank(xi_v - u_new @ m, m, xi_u - v_new @ transpose(m))
+    right, left = transpose(old.V) @ new.V, transpose(old.U) @ new.U
+    xi_v = (old.U @ xi.S + xi.U) @ right + old.U @ (transpose(xi.V) @ new.V)
+    xi_u = (old.V @ transpose(xi.S) + xi.V) @ left + old.V @ (transpose(xi.U) @ new.U)
+    m = transpose(new.U) @ xi_v
+    return LowRank(xi_v - new.U @ m, m, xi_u - new.V @ transpose(m))
 
 
 @linalg.precise
-def transport_squared(x: LowRank, old: LowRank, new: LowRank, active: jax.Array) -> LowRank:
+def transport_squared(x: LowRank, old: LowRank, new: LowRank) -> LowRank:
     r"""Carries second moments of the triple, as those of sums of independent numbers.
 
     With :math:`P = U^\top U'`, :math:`Q = V^\top V'`, and what of each basis is outside of the other,
@@ -364,17 +367,15 @@ def transport_squared(x: LowRank, old: LowRank, new: LowRank, active: jax.Array)
       A = U_o^\top U_p, \quad B = V_p^\top V_o
 
     and likewise for V. Here all weights are squared. Where bases stay this is the identity, and a coordinate with a
-    first moment has a second moment too, also after ranks have changed.
+    first moment has a second moment too, also after ranks have changed. Both kernels have zeros in padded columns.
     """
-    u_new = jnp.where(active[..., None, :], new.U, 0.0)
-    v_new = jnp.where(active[..., None, :], new.V, 0.0)
-    p, q = transpose(old.U) @ u_new, transpose(old.V) @ v_new
+    p, q = transpose(old.U) @ new.U, transpose(old.V) @ new.V
     p2, q2 = jnp.square(p), jnp.square(q)
-    a = transpose(jnp.square(u_new - old.U @ p)) @ x.U
-    b = transpose(x.V) @ jnp.square(v_new - old.V @ q)
+    a = transpose(jnp.square(new.U - old.U @ p)) @ x.U
+    b = transpose(x.V) @ jnp.square(new.V - old.V @ q)
     right, left = x.S @ q2 + b, transpose(x.S) @ p2 + transpose(a)
     return LowRank(
-        x.U @ q2 + jnp.square(u_new) @ (a @ q2) + jnp.square(old.U - u_new @ transpose(p)) @ right,
+        x.U @ q2 + jnp.square(new.U) @ (a @ q2) + jnp.square(old.U - new.U @ transpose(p)) @ right,
         transpose(p2) @ right + a @ q2,
-        x.V @ p2 + jnp.square(v_new) @ (transpose(b) @ p2) + jnp.square(old.V - v_new @ transpose(q)) @ left,
+        x.V @ p2 + jnp.square(new.V) @ (transpose(b) @ p2) + jnp.square(old.V - new.V @ transpose(q)) @ left,
     )

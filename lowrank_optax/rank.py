@@ -79,6 +79,7 @@ class _Budget(RankPolicy):
         for s in spectra:
             sigma = s.sigma[..., : s.width] / jnp.where(top > 0, top, 1.0)
             index = jax.lax.broadcasted_iota(jnp.int32, sigma.shape, sigma.ndim - 1)
+            sigma = jnp.where((top == 0) & (index < s.rank[..., None]), 1.0, sigma)
             cost = sum(s.shape) + 2 * index + 1  # r (m + n) + r^2, the growth from r = index to index + 1
             gain = jnp.where(index < self.min_rank, jnp.inf, jnp.square(sigma) / cost)
             gains.append(gain.reshape(-1))
@@ -95,8 +96,7 @@ class _Budget(RankPolicy):
         for s in spectra:
             shape = (*s.sigma.shape[:-1], min(s.width, s.sigma.shape[-1]))
             stop = start + jnp.zeros(shape).size
-            rank = jnp.sum(keep[start:stop].reshape(shape), axis=-1, dtype=jnp.int32)
-            ranks.append(jnp.where(top > 0, rank, s.rank))
+            ranks.append(jnp.sum(keep[start:stop].reshape(shape), axis=-1, dtype=jnp.int32))
             start = stop
         return ranks
 
@@ -149,7 +149,7 @@ def budget(parameters: int, *, min_rank: int = 1) -> RankPolicy:
     A kernel of rank r costs :math:`r (m + n) + r^2`. Singular values are taken in the order of energy for
     cost, :math:`\sigma_j^2 / (m + n + 2j - 1)`, over all kernels until the budget is spent: the greedy
     solution of "least discarded energy for a total number of parameters", within one singular value of the
-    best. While all kernels are zero they keep their ranks.
+    best. While all kernels are zero they keep their ranks as far as the budget allows.
 
     Args:
       parameters: total number of values in the active factors of all kernels that the optimizer sees.

@@ -556,11 +556,11 @@ SIGNED_ROOTS = pytest.mark.xfail(
     ("geometry", "inner"),
     [
         pytest.param("coefficient", "adam", marks=SIGNED_ROOTS),
-        pytest.param("tangent", "adam", marks=SIGNED_ROOTS),
         pytest.param("bug", "adam", marks=SIGNED_ROOTS),
-        pytest.param("tangent-bug", "adam", marks=SIGNED_ROOTS),
         pytest.param("galerkin", "adam", marks=SIGNED_ROOTS),
         ("balanced", "adam"),
+        ("tangent", "adam"),
+        ("tangent-bug", "adam"),
         ("balanced", "muon"),
         ("coefficient", "muon"),
         ("tangent-bug", "heavyball"),

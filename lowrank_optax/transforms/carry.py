@@ -65,15 +65,15 @@ def turn_change(p: jax.Array, q: jax.Array) -> Change:
     return Change(apply, (p, q))
 
 
-def transport_change(old: LowRank, new: LowRank, active: jax.Array) -> Change:
-    """The change of tangent triples when a kernel moves from `old` to `new`."""
+def transport_change(old: LowRank, new: LowRank) -> Change:
+    """The change of tangent triples when a kernel moves from `old` to `new`, both without padded columns."""
 
     def apply(arrays: Any, x: LowRank, squared: bool) -> LowRank:
-        old, new, active = arrays
+        old, new = arrays
         move = mf.transport_squared if squared else mf.transport
-        return cast_like(move(x.astype(old.U.dtype), old, new, active), x)
+        return cast_like(move(x.astype(old.U.dtype), old, new), x)
 
-    return Change(apply, (old, new, active))
+    return Change(apply, (old, new))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -170,6 +170,10 @@ def _project(W: LowRank, g: LowRank, k: KernelState) -> LowRank:
     return mf.project(W, g, linalg.leading(k.rank, W.rank))
 
 
+def _trimmed(Ws: list[LowRank], ks: list[KernelState]) -> list[LowRank]:
+    return [mf.trim(W, linalg.leading(k.rank, W.rank)) for W, k in zip(Ws, ks, strict=True)]
+
+
 def _finish(
     method: Method,
     Ws: list[LowRank],
@@ -281,9 +285,7 @@ def tangent_step(method: Method, split: Split, point: Point, grads: Any, extra: 
     ]
     norms = [mf.norm(xi) for xi in xis]
     new, states, _ = _finish(method, Ws, frames, ys, ks, norms)
-    changes = [
-        transport_change(W, moved, linalg.leading(k.rank, W.rank)) for W, moved, k in zip(Ws, new, states, strict=True)
-    ]
+    changes = list(map(transport_change, _trimmed(Ws, ks), _trimmed(new, states)))
     inner_state, finite = method.carry(inner_state, split, changes)
     finite &= point.finite & linalg.all_finite((new, norms))
     return Point(split.merge(new, split.ordinary(steps)), _states(split, states), inner_state, finite)
