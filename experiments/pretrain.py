@@ -38,7 +38,7 @@ class Pretrain(Config):
         "naive": 3e-3,
         "lowrank_adam": 6e-3,
         "lowrank_adam:momentum=coefficient": 1.2e-2,
-        "lowrank_adam:momentum=tangent": 3e-3,
+        "lowrank_adam:momentum=tangent": 1.2e-2,
         "lowrank_heavy_ball": 0.3,
         "lowrank_muon": 2e-2,
         "lowrank_muon:momentum=coefficient": 4e-2,

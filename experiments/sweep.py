@@ -82,7 +82,7 @@ def summarise(label: str, settings: dict[str, Any], path: Path) -> dict[str, Any
     for name in checks[-1]:
         if name not in ("step", "validation_loss"):
             run[name.removeprefix("validation_")] = _round(checks[-1][name])
-    if len({rank for _, rank in ranks}) > 1:
+    if settings["tolerance"] or settings["budget"] or len({rank for _, rank in ranks}) > 1:
         run["ranks"] = ranks[:: max(1, len(ranks) // 20)]
     run["spectra"] = [[r["step"], [_round(x, 3) for x in r["spectrum"]]] for r in records if "spectrum" in r]
     run["step_ms"] = round(statistics.median(times), 1) if times else None

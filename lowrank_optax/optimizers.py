@@ -123,7 +123,7 @@ def lowrank_adam(
 
     Args:
       learning_rate: step size h, a number or a schedule. With balanced momentum entries of the factors move by about h:
-        begin at twice the step size of dense AdamW. With tangent momentum begin at that of dense AdamW. With
+        begin at twice the step size of dense AdamW. With tangent momentum begin at two to four times it. With
         coefficient momentum W moves by about h sqrt(3) r in norm, where a dense step moves it by h sqrt(m n): a good h
         is larger than the dense one, by up to sqrt(m n) / (sqrt(3) r). There a direction that is new in a step has
         no second moment yet and moves by about (1 - b1) / sqrt(1 - b2) = 3.2 h, whatever its gradient: b2 = 0.99
