@@ -21,7 +21,6 @@ SHAPES = {  # name -> layout; the first three flatten to the same shape
     "b": problems.Layout((12,), (8,)),
     "heads": problems.Layout((12,), (2, 4)),
     "scan": problems.Layout((12,), (8,), batch=(3,)),
-    "alone": problems.Layout((7,), (9,)),
 }
 
 
@@ -76,12 +75,10 @@ def ball(**options: Any) -> Callable[[bool], Any]:
 GALERKIN = {"gradient": "galerkin", "local_steps": 2}
 CASES = {
     "adam balanced": (adam(momentum="balanced"), RANK),
-    "adam tangent": (adam(momentum="tangent"), RANK),
     "adam coefficient": (adam(momentum="coefficient"), RANK),
     "adam tolerance": (adam(momentum="tangent", rank=lro.tolerance(0.05)), 2 * RANK),
     "adam galerkin": (adam(**GALERKIN), 2 * RANK),
     "muon balanced": (muon(momentum="balanced"), RANK),
-    "muon tangent": (muon(momentum="tangent"), RANK),
     "heavy ball": (ball(), RANK),
 }
 
@@ -108,7 +105,7 @@ def test_a_galerkin_loop_on_one_batch() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [lro.lowrank_adam, lro.lowrank_muon, lro.lowrank_heavy_ball])
+@pytest.mark.parametrize("make", [lro.lowrank_adam, lro.lowrank_muon])
 def test_a_mask_tells_kernels_apart(make: Any) -> None:
     """Weight decay on one kernel of a stack only: with a mask the optimizers do not stack."""
     params = network()
@@ -116,10 +113,9 @@ def test_a_mask_tells_kernels_apart(make: Any) -> None:
     def mask(tree: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == "b", tree)
 
-    options = {"momentum": 0.9} if make is lro.lowrank_heavy_ball else {}
-    options["weight_decay"] = 5.0
     plain, decayed, some = (
-        steps(make(0.01, **options | more), params, 1)[0] for more in ({"weight_decay": 0.0}, {}, {"mask": mask})
+        steps(make(0.01, **options), params, 1)[0]
+        for options in ({"weight_decay": 0.0}, {"weight_decay": 5.0}, {"weight_decay": 5.0, "mask": mask})
     )
     for name in SHAPES:
         expected = decayed if name == "b" else plain
@@ -168,7 +164,7 @@ def test_there_and_back() -> None:
     stacks = Stacks(optax.adam(0.1), params)
     tree = stacks.stack(params)
     kernels = [x for x in jax.tree.leaves(tree, is_leaf=lro.is_lowrank) if lro.is_lowrank(x)]
-    assert [W.shape for W in kernels] == [(3, 12, 8), (7, 9), (3, 12, 8)]
+    assert [W.shape for W in kernels] == [(3, 12, 8), (3, 12, 8)]
     back = stacks.unstack(tree)
     assert jax.tree.structure(back) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, back, params)
