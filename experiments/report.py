@@ -141,7 +141,8 @@ def ranks(axis: Any, rows: list[Row]) -> None:
     for i, row in enumerate(rows):
         for j, run in enumerate(row.runs):
             if "ranks" in run:
-                label = {"label": row.label} if j == 0 else {}
+                seeds = f"{len(row.runs)} seed{'s' * (len(row.runs) > 1)}"
+                label = {"label": f"{row.label} ({seeds})"} if j == 0 else {}
                 axis.plot(*zip(*run["ranks"], strict=True), color=f"C{i % 10}", **label)
     axis.set(xlabel="training steps", ylabel="mean rank of the kernels")
 
@@ -182,7 +183,8 @@ def draw(kind: str, rows: list[Row], title: str, path: Path) -> None:
     PICTURES[kind](axis, rows)
     axis.set_title(title)
     axis.grid(alpha=0.3)
-    figure.legend(loc="outside right center", fontsize=8)
+    longest = max((len(row.label) for row in rows), default=0)
+    figure.legend(loc=f"outside {'right' if longest < 45 else 'lower'} center", fontsize=8)
     figure.savefig(path, dpi=90, metadata={"Software": None})
     plt.close(figure)
 
