@@ -78,7 +78,7 @@ def build(name: str, size: Size) -> Subject:
         retraction, momentum = ("bug", "coefficient") if option == "bug" else ("svd", option)
         config = dataclasses.replace(config, retraction=retraction, momentum=momentum)
     task, method = task_of(size), methods.METHODS[name]
-    params = jax.jit(lambda key: start(task, method.form, size.rank, key))(jax.random.key(0))
+    params = start(task, method.form, size.rank)
     tx = methods.optimizer(name, task, config)
     apply_fn = pair_apply(task.model) if method.form == "pair" else methods.apply(method, task.model)
     tokens = np.random.default_rng(0).integers(0, gpt.VOCABULARY, (config.batch, size.context + 1), np.int32)
@@ -111,20 +111,28 @@ def task_of(size: Size) -> Task:
     )
 
 
-def start(task: Task, form: str, rank: int, key: jax.Array) -> Any:
-    """Random parameters, the kernels in the form of the method and drawn in it: an SVD of each would take minutes."""
-    dense = task.init(key)
-    if form == "dense":
-        return dense
+def start(task: Task, form: str, rank: int) -> Any:
+    """Random parameters, the kernels in the form of the method and drawn in it: an SVD of each would take minutes.
 
-    def one(path: Any, leaf: jax.Array) -> Any:
+    Each by a program for its shape: one for all of them takes half a minute to compile at 48 blocks.
+    """
+
+    def one(path: Any, leaf: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not task.is_kernel(name, leaf.shape):
-            return leaf
-        W = lro.lowrank_init(rank)(key, leaf.shape, leaf.dtype)
-        return kernels.balanced(W) if form == "pair" else W
+        if name.endswith("scale"):
+            return jnp.ones(leaf.shape, leaf.dtype)
+        return _draw(leaf.shape, leaf.dtype, rank, form if task.is_kernel(name, leaf.shape) else "dense")
 
-    return jax.tree_util.tree_map_with_path(one, dense)
+    return jax.tree_util.tree_map_with_path(one, jax.eval_shape(task.init, jax.random.key(0)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _draw(shape: tuple[int, ...], dtype: Any, rank: int, form: str) -> Any:
+    key = jax.random.key(0)
+    if form == "dense":
+        return jax.random.normal(key, shape, dtype) / shape[0] ** 0.5
+    W = lro.lowrank_init(rank)(key, shape, dtype)
+    return kernels.balanced(W) if form == "pair" else W
 
 
 def pair_apply(model: nn.Module) -> Callable[..., Any]:

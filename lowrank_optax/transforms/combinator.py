@@ -107,7 +107,7 @@ def fixed_rank(
       second_moments: names of the fields in the state of `inner` that hold squares; they are carried so
         that they stay non-negative, see above, all other mirrors linearly.
       stack_kernels: give `inner` all kernels of equal shape as one with a batch axis, in the place of the first, and
-        `None` for the others. The compiled step then hardly grows with depth. Allowed where `inner` treats all kernels
+        `None` for the others. The compiled step then grows little with depth. Allowed where `inner` treats all kernels
         alike, elementwise or through sums over all leaves (adam, lion, sgd, clipping by global norm), not with masks
         that tell kernels apart or norms of single leaves (lamb). State and updates have the same structure. On a mesh
         with explicit axes kernels are not stacked.
