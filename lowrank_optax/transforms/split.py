@@ -70,8 +70,8 @@ class Split:
 
     def unstack(self, trees: list[Any], sizes: list[int]) -> list[list[Any]]:
         """The inverse of `stack`."""
-        # Behind a barrier the positions stay values, so that all slices of one shape are the same compiled code. Without
-        # a sign they need no code that counts negative ones from the end.
+        # Behind a barrier the positions stay values, so that all slices of one shape are the same compiled code.
+        # Without a sign they need no code that counts negative ones from the end.
         positions = jax.lax.optimization_barrier([jnp.uint32(j) for j in range(max(sizes, default=0))])
         return [
             isolate(_unstack, tree, positions[:size]) if size > 1 and jax.tree.leaves(tree) else [tree] * size

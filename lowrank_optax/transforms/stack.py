@@ -1,7 +1,7 @@
 """Lets a step see the kernels of equal shape as one kernel with a batch axis.
 
 What is done leaf by leaf costs compile time for every leaf: an Adam step of 48 transformer blocks more than the network
-itself. On stacks it is compiled once for each shape; what grows with depth is one place in a stack and one slice a leaf.
+itself. On stacks it is compiled once a shape; what grows with depth is one place in a stack and one slice a leaf.
 """
 
 from __future__ import annotations
