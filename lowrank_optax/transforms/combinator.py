@@ -250,8 +250,8 @@ def fixed_rank(
             below = stacks.stack(params)
             at = grad_fn and (lambda p: stacks.stack(_working(grad_fn(stacks.unstack(p)), params)))
             extra = {**extra_args, "kernels": below, "momentum": momentum}
-            grads, start = stacks.stack(_working(updates, params)), stacks.stack_state(state)
-            updates, state = move(method_for(below, place), Split(below), at, extra, grads, start, below)
+            grads, before = stacks.stack(_working(updates, params)), stacks.stack_state(state)
+            updates, state = move(method_for(below, place), Split(below), at, extra, grads, before, below)
             return stacks.unstack(updates), stacks.unstack_state(state)
 
         # What inner gets as extra arguments stays as it lies on the mesh.
