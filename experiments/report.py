@@ -116,6 +116,10 @@ def _gap(row: Row, means: dict[str, float]) -> float | None:
     return (worst - row.mean) / (worst - best)
 
 
+def _named(row: Row, seeds: int) -> str:
+    return f"{row.label} ({seeds} seed{'s' * (seeds > 1)})"
+
+
 def curves(axis: Any, rows: list[Row]) -> None:
     """Validation loss against steps: mean over seeds, and their range."""
     for i, row in enumerate(rows):
@@ -127,9 +131,7 @@ def curves(axis: Any, rows: list[Row]) -> None:
         low, high = ([f(x) for x in zip(*whole, strict=True)] for f in (min, max))
         style = "-" if row.label.startswith("lowrank") else "--"
         middle = [statistics.mean(x) for x in zip(*whole, strict=True)]
-        axis.plot(
-            steps, middle, style, color=f"C{i % 10}", label=f"{row.label} ({len(whole)} seed{'s' * (len(whole) > 1)})"
-        )
+        axis.plot(steps, middle, style, color=f"C{i % 10}", label=_named(row, len(whole)))
         axis.fill_between(steps, low, high, color=f"C{i % 10}", alpha=0.2, linewidth=0)
         if max(middle) > 1e3 * min(middle):
             axis.set_yscale("log")
@@ -141,8 +143,7 @@ def ranks(axis: Any, rows: list[Row]) -> None:
     for i, row in enumerate(rows):
         for j, run in enumerate(row.runs):
             if "ranks" in run:
-                seeds = f"{len(row.runs)} seed{'s' * (len(row.runs) > 1)}"
-                label = {"label": f"{row.label} ({seeds})"} if j == 0 else {}
+                label = {"label": _named(row, len(row.runs))} if j == 0 else {}
                 axis.plot(*zip(*run["ranks"], strict=True), color=f"C{i % 10}", **label)
     axis.set(xlabel="training steps", ylabel="mean rank of the kernels")
 

@@ -82,6 +82,12 @@ def rotate_tangent_squared(x: LowRank, p: jax.Array, q: jax.Array) -> LowRank:
     return rotate_tangent(x, p * p, q * q)
 
 
+def trim(W: LowRank, active: jax.Array) -> LowRank:
+    """The kernel with zeros in the padded columns of U and V; `active` is the mask `(batch..., r)` of the others."""
+    U, V = (jnp.where(active[..., None, :], x, 0.0) for x in (W.U, W.V))
+    return LowRank(U, W.S, V)
+
+
 @linalg.precise
 def project(W: LowRank, grads: LowRank, active: jax.Array) -> LowRank:
     r"""Projects the gradient onto the tangent space, given the gradients of the factors.
@@ -106,22 +112,21 @@ def project(W: LowRank, grads: LowRank, active: jax.Array) -> LowRank:
     sigma = jnp.diagonal(W.S, axis1=-2, axis2=-1)
     known = active & (sigma > jnp.finfo(sigma.dtype).tiny)
     divisor = jnp.where(known, sigma, 1.0)[..., None, :]
-    columns = active[..., None, :]
+    bases = trim(W, active)
 
     def horizontal(basis: jax.Array, factor_grad: jax.Array) -> jax.Array:
-        basis = jnp.where(columns, basis, 0.0)
         x = jnp.where(known[..., None, :], factor_grad / divisor, 0.0)
         return x - basis @ (transpose(basis) @ x)
 
-    m = jnp.where(columns & active[..., :, None], grads.S, 0.0)
-    return LowRank(horizontal(W.U, grads.U), m, horizontal(W.V, grads.V))
+    m = jnp.where(active[..., None, :] & active[..., :, None], grads.S, 0.0)
+    return LowRank(horizontal(bases.U, grads.U), m, horizontal(bases.V, grads.V))
 
 
 @linalg.precise
 def make_horizontal(W: LowRank, xi: LowRank, active: jax.Array) -> LowRank:
     """Restores `U^T U_p = 0` and `V^T V_p = 0`, which an elementwise optimizer breaks."""
-    u, v = (jnp.where(active[..., None, :], x, 0.0) for x in (W.U, W.V))
-    return LowRank(xi.U - u @ (transpose(u) @ xi.U), xi.S, xi.V - v @ (transpose(v) @ xi.V))
+    W = trim(W, active)
+    return LowRank(xi.U - W.U @ (transpose(W.U) @ xi.U), xi.S, xi.V - W.V @ (transpose(W.V) @ xi.V))
 
 
 def norm(xi: LowRank) -> jax.Array:
@@ -325,12 +330,6 @@ def assemble(frame: Frame, retraction: Retraction, rank: jax.Array) -> LowRank:
     r = retraction.left.shape[-1]
     sigma = jnp.where(linalg.leading(rank, r), retraction.spectrum[..., :r], 0.0)
     return LowRank(frame.U @ retraction.left, linalg.diagonal(sigma), frame.V @ retraction.right)
-
-
-def trim(W: LowRank, active: jax.Array) -> LowRank:
-    """The kernel with zeros in the padded columns of U and V; `active` is the mask `(batch..., r)` of the others."""
-    U, V = (jnp.where(active[..., None, :], x, 0.0) for x in (W.U, W.V))
-    return LowRank(U, W.S, V)
 
 
 @linalg.precise

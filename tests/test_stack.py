@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
+from lowrank_optax.transforms.split import Split
 from lowrank_optax.transforms.stack import Stacks
 from tests import problems
 
@@ -24,16 +25,16 @@ SHAPES = {  # name -> layout; the first three flatten to the same shape
 }
 
 
-def network(dtype: Any = jnp.float64, width: int = RANK) -> dict[str, Any]:
+def network(width: int = RANK) -> dict[str, Any]:
     rng = np.random.default_rng(0)
-    params: dict[str, Any] = {"bias": jnp.asarray(rng.standard_normal(8), dtype)}
+    params: dict[str, Any] = {"bias": jnp.asarray(rng.standard_normal(8))}
     for name, layout in SHAPES.items():
         U, V = (
             np.stack([problems.orthonormal(rng, k, width) for _ in range(layout.slices)]) for k in (layout.m, layout.n)
         )
         sigma = np.where(np.arange(width) < RANK, rng.uniform(1, 2, (layout.slices, width)), 0)
         S = np.stack([np.diag(np.sort(s)[::-1]) for s in sigma])
-        params[name] = {"kernel": layout.kernel(U, S, V, dtype)}
+        params[name] = {"kernel": layout.kernel(U, S, V)}
     return params
 
 
@@ -159,7 +160,7 @@ def test_a_frozen_kernel_and_a_step_that_fails() -> None:
 
 def test_there_and_back() -> None:
     params, tx = network(), lro.lowrank_adam(0.1)
-    stacks = Stacks(optax.adam(0.1), params)
+    stacks = Stacks(optax.adam(0.1), Split(params), params)
     tree = stacks.stack(params)
     kernels = [x for x in jax.tree.leaves(tree, is_leaf=lro.is_lowrank) if lro.is_lowrank(x)]
     assert [W.shape for W in kernels] == [(3, 12, 8), (3, 12, 8)]
@@ -167,7 +168,7 @@ def test_there_and_back() -> None:
     assert jax.tree.structure(back) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, back, params)
     _, state = steps(tx, params, 1)
-    again = Stacks(optax.adamw(0.1), params)
+    again = Stacks(optax.adamw(0.1), Split(params), params)
     jax.tree.map(np.testing.assert_array_equal, again.unstack_state(again.stack_state(state)), state)
 
 

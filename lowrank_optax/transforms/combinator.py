@@ -240,22 +240,21 @@ def fixed_rank(
         place = Placement(params)
         method, split = method_for(params, place), Split(params)
         grad_fn = place.explicit(grad_fn) if grad_fn else None
+        # What inner gets as extra arguments stays as it lies on the mesh.
+        extra = {**extra_args, "kernels": params, "momentum": momentum}
 
-        def step(updates: Any, state: FixedRankState, params: Any, kernels: Any) -> tuple[Any, FixedRankState]:
+        def step(updates: Any, state: FixedRankState, params: Any) -> tuple[Any, FixedRankState]:
             _check_state(method, split, state, params)
             if not stack_kernels or place or not split:
-                extra = {**extra_args, "kernels": kernels, "momentum": momentum}
                 return move(method, split, grad_fn, extra, updates, state, params)
-            stacks = Stacks(method.inner, params)
+            stacks = Stacks(method.inner, split, params)
             below = stacks.stack(params)
             at = grad_fn and (lambda p: stacks.stack(_working(grad_fn(stacks.unstack(p)), params)))
-            extra = {**extra_args, "kernels": below, "momentum": momentum}
             grads, before = stacks.stack(_working(updates, params)), stacks.stack_state(state)
-            updates, state = move(method_for(below, place), Split(below), at, extra, grads, before, below)
+            stacked = {**extra, "kernels": below}
+            updates, state = move(method_for(below, place), Split(below), at, stacked, grads, before, below)
             return stacks.unstack(updates), stacks.unstack_state(state)
 
-        # What inner gets as extra arguments stays as it lies on the mesh.
-        step = functools.partial(step, kernels=params)
         return place.auto(step, updates, state, params, like=(params, state))
 
     def move(

@@ -66,7 +66,7 @@ class Split:
 
     def stack(self, groups: list[list[Any]]) -> list[Any]:
         """Stacks the leaves of the equal trees of each group along a new first axis; one tree is left as it is."""
-        return [isolate(_stack, group) if len(group) > 1 and jax.tree.leaves(group) else group[0] for group in groups]
+        return [isolate(_stack, group) if len(group) > 1 else group[0] for group in groups]
 
     def unstack(self, trees: list[Any], sizes: list[int]) -> list[list[Any]]:
         """The inverse of `stack`."""
@@ -74,7 +74,7 @@ class Split:
         # Without a sign they need no code that counts negative ones from the end.
         positions = jax.lax.optimization_barrier([jnp.uint32(j) for j in range(max(sizes, default=0))])
         return [
-            isolate(_unstack, tree, positions[:size]) if size > 1 and jax.tree.leaves(tree) else [tree] * size
+            isolate(_unstack, tree, positions[:size]) if size > 1 else [tree]
             for tree, size in zip(trees, sizes, strict=True)
         ]
 

@@ -25,13 +25,13 @@ class Stacks:
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> a, b = lro.factorize([jnp.eye(4), 2 * jnp.eye(4)], 2, where=lambda path, shape: True)
       >>> params = {"a": a, "b": b, "bias": jnp.zeros(4)}
-      >>> tree = Stacks(optax.sgd(0.1), params).stack(params)
+      >>> tree = Stacks(optax.sgd(0.1), Split(params), params).stack(params)
       >>> tree["a"].shape, tree["b"], tree["bias"].shape
       ((2, 4, 4), None, (4,))
     """
 
-    def __init__(self, inner: optax.GradientTransformation, params: Any):
-        self._inner, self._params, self._split = inner, params, Split(params)
+    def __init__(self, inner: optax.GradientTransformation, split: Split, params: Any):
+        self._inner, self._split, self._params = inner, split, params
 
     def stack(self, tree: Any) -> Any:
         """A tree of parameters, or of their gradients, with its kernels in stacks."""
