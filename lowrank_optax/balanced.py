@@ -19,6 +19,8 @@ References:
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -27,42 +29,50 @@ import jax.numpy as jnp
 from lowrank_optax import linalg
 from lowrank_optax.linalg import transpose
 from lowrank_optax.lowrank import LowRank
+from lowrank_optax.xla import isolate, together
 
 
 class Columns(NamedTuple):
-    """What the columns of a kernel are, each `(batch..., 1, r)`.
+    """What the columns of a kernel are multiplied by, each `(batch..., 1, r)`; zero in padding.
 
     Attributes:
-      root: the square roots of the singular values; 1 where `fresh`, 0 in padding.
-      fresh: columns whose singular value is zero but which belong to the kernel.
-      known: the other columns of the kernel.
+      left: those of U in A: square roots of the singular values, 1 in fresh columns.
+      right: those of V in B: the same, 0 in fresh columns.
+      inverse: 1 / right, 0 in fresh columns.
+      fresh: 1 in fresh columns, whose singular value is zero but which belong to the kernel, else 0.
     """
 
-    root: jax.Array
+    left: jax.Array
+    right: jax.Array
+    inverse: jax.Array
     fresh: jax.Array
-    known: jax.Array
 
 
-def columns(W: LowRank, active: jax.Array) -> Columns:
+def columns(S: jax.Array, active: jax.Array) -> Columns:
     """The columns of a kernel in the canonical gauge.
 
     Args:
-      W: the kernel.
-      active: `(batch..., r)` mask of the columns that are not padding.
+      S: of the kernel.
+      active: `(batch..., 1, r)` mask of the columns that are not padding.
     """
-    sigma = jnp.diagonal(W.S, axis1=-2, axis2=-1)
+    return isolate(_columns, S, active)
+
+
+@jax.jit
+def _columns(S: jax.Array, active: jax.Array) -> Columns:
+    sigma = linalg.diag_part(S)[..., None, :]
     known = active & (sigma > jnp.finfo(sigma.dtype).tiny)
-    fresh = active & ~known
-    root = jnp.where(known, jnp.sqrt(jnp.where(known, sigma, 1.0)), fresh.astype(sigma.dtype))
-    return Columns(root[..., None, :], fresh[..., None, :], known[..., None, :])
+    fresh = (active & ~known).astype(sigma.dtype)
+    root = jnp.sqrt(jnp.where(known, sigma, 1.0))
+    right = jnp.where(known, root, 0.0)
+    return Columns(right + fresh, right, jnp.where(known, 1 / root, 0.0), fresh)
 
 
 def balance(W: LowRank, c: Columns) -> tuple[jax.Array, jax.Array]:
     """A and B with `W = A B^T`. Where sigma is zero, A = U and B = 0, so that B can move."""
-    return W.U * c.root, W.V * jnp.where(c.known, c.root, 0.0)
+    return W.U * c.left, W.V * c.right
 
 
-@linalg.precise
 def gradient(W: LowRank, grads: LowRank, c: Columns) -> LowRank:
     r"""The gradients with respect to A and B, from those of U, S and V.
 
@@ -72,21 +82,38 @@ def gradient(W: LowRank, grads: LowRank, c: Columns) -> LowRank:
     exact to rounding. In a fresh column :math:`G_B = G^\top U` is known within the span of V, where it is
     :math:`V G_S^\top`.
     """
-    root = jnp.where(c.known, c.root, 1.0)
-    a = jnp.where(c.known, grads.U / root, 0.0)
-    b = jnp.where(c.known, grads.V / root, jnp.where(c.fresh, W.V @ transpose(grads.S), 0.0))
-    return LowRank(a, jnp.zeros_like(grads.S), b)
+    return isolate(_gradient, W, grads, c)
 
 
-def norm(W: LowRank, grads: LowRank, c: Columns) -> jax.Array:
-    r"""The Riemannian norm, :math:`|P(W)G|^2 = |G V|^2 + |G^\top U|^2 - |U^\top G V|^2`, `(batch...)`."""
-    root, belong = jnp.where(c.known, c.root, 1.0), c.known | c.fresh
-    parts = []
-    for x, m in ((grads.U, grads.S), (grads.V, transpose(grads.S))):
-        inside = linalg.norm(jnp.where(c.known & transpose(belong), m, 0.0))
-        whole = linalg.norm(jnp.where(c.known, x / root / root, 0.0))
+@jax.jit
+@linalg.precise
+def _gradient(W: LowRank, grads: LowRank, c: Columns) -> LowRank:
+    b = grads.V * c.inverse + W.V @ (transpose(grads.S) * c.fresh)
+    return LowRank(grads.U * c.inverse, jnp.zeros_like(grads.S), b)
+
+
+def norms(pairs: Sequence[LowRank], Ms: Sequence[jax.Array], cs: Sequence[Columns]) -> list[jax.Array]:
+    r"""The Riemannian norms, :math:`|P(W)G|^2 = |G V|^2 + |G^\top U|^2 - |U^\top G V|^2`, each `(batch...)`.
+
+    Args:
+      pairs: the gradients with respect to A and B.
+      Ms: those with respect to S, :math:`U^\top G V`.
+      cs: the columns.
+    """
+    of_u, of_v = (
+        [linalg.norm(x * c.inverse)[..., None, None] for x, c in zip(xs, cs, strict=True)]
+        for xs in ([x.U for x in pairs], [x.V for x in pairs])
+    )
+    return together(functools.partial(isolate, _norm), Ms, cs, of_u, of_v)
+
+
+@jax.jit
+def _norm(M: jax.Array, c: Columns, of_u: jax.Array, of_v: jax.Array) -> jax.Array:
+    belong, known = c.left > 0, c.right > 0
+    parts = [linalg.norm(M * belong * transpose(belong))]
+    for whole, m in ((of_u[..., 0, 0], M), (of_v[..., 0, 0], transpose(M))):
+        inside = linalg.norm(m * known * transpose(belong))
         parts.append(jnp.sqrt(jnp.maximum(whole - inside, 0.0)) * jnp.sqrt(whole + inside))
-    parts.append(linalg.norm(jnp.where(belong & transpose(belong), grads.S, 0.0)))
     return linalg.norm(jnp.stack(parts, axis=-1)[..., None, :])
 
 
@@ -105,8 +132,10 @@ class Rebalancing(NamedTuple):
 
 
 @linalg.precise
-def rebalance(a: jax.Array, b: jax.Array, active: jax.Array) -> Rebalancing:
-    r"""Brings the pair to the canonical gauge, by two QR of its factors and an SVD of size r.
+def rebalance(
+    lefts: Sequence[jax.Array], rights: Sequence[jax.Array], actives: Sequence[jax.Array]
+) -> list[Rebalancing]:
+    r"""Brings pairs to the canonical gauge, by two QR of the factors and an SVD of size r.
 
     .. math::
       A = Q_A R_A, \quad B = Q_B R_B, \quad R_A R_B^\top = P\,\mathrm{diag}(\sigma)\,Q^\top, \quad
@@ -118,19 +147,28 @@ def rebalance(a: jax.Array, b: jax.Array, active: jax.Array) -> Rebalancing:
     by a sigma, which may be small or zero.
 
     Args:
-      a: A, `(batch..., m, r)`.
-      b: B, `(batch..., n, r)`.
-      active: `(batch..., r)` mask of the columns that are not padding; the others of A and B are zero.
+      lefts: every A, `(batch..., m, r)`.
+      rights: every B, `(batch..., n, r)`.
+      actives: masks `(batch..., 1, r)` of the columns that are not padding; the others of A and B are zero.
     """
-    left, right = (linalg.extend(x[..., :0], x) for x in (a, b))
-    ra, rb = left.x, right.x
-    p, sigma, q = linalg.svd(ra @ transpose(rb))
-    sigma = jnp.where(active, sigma, 0.0)
-    x, y = transpose(rb) @ q, transpose(ra) @ p
-    # New columns point along the old ones: a small step is a small change of U, V and of the moments.
-    sign = linalg.signs(jnp.diagonal(y, axis1=-2, axis2=-1))[..., None, :]
-    u, v = left.block @ (left.mix @ (p * sign)), right.block @ (right.mix @ (q * sign))
-    return Rebalancing(LowRank(u, linalg.diagonal(sigma), v), _unit(x * sign, active), _unit(y * sign, active))
+    factors = [*lefts, *rights]
+    extensions = linalg.extend([x[..., :0] for x in factors], factors)
+    left, right = extensions[: len(lefts)], extensions[len(lefts) :]
+
+    def turn(ra: jax.Array, rb: jax.Array, active: jax.Array) -> tuple[jax.Array, ...]:
+        p, sigma, q = linalg.svd(ra @ transpose(rb))
+        x, y = transpose(rb) @ q, transpose(ra) @ p
+        # New columns point along the old ones: a small step is a small change of U, V and of the moments.
+        sign = linalg.signs(linalg.diag_part(y))[..., None, :]
+        kept = active[..., 0, :]
+        s = linalg.diagonal(jnp.where(kept, sigma, 0.0))
+        return p * sign, q * sign, s, _unit(x * sign, kept), _unit(y * sign, kept)
+
+    turns = together(turn, [e.x for e in left], [e.x for e in right], actives)
+    return [
+        Rebalancing(LowRank(a.block @ (a.mix @ p), s, b.block @ (b.mix @ q)), x, y)
+        for a, b, (p, q, s, x, y) in zip(left, right, turns, strict=True)
+    ]
 
 
 def _unit(x: jax.Array, active: jax.Array) -> jax.Array:

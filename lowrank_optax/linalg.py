@@ -8,11 +8,13 @@ counterparts have no half-precision kernels.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from lowrank_optax.xla import apart, isolate, join
 
 # A decorator. Accelerators multiply float32 as bfloat16 or TF32 unless told otherwise, and 1e-3 of W would be lost in
 # every step.
@@ -26,18 +28,10 @@ def working_dtype(*arrays: Any) -> jnp.dtype:
 
 def all_finite(tree: Any) -> jax.Array:
     """Whether every value of a tree is finite; a tree without floating leaves is."""
-    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-    return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in leaves], jnp.ones((), bool))
-
-
-def apply_if(when: jax.Array, f: Callable[[Any], Any], x: Any) -> Any:
-    """`f(x)` where `when`, else x, as a loop of one pass or none: a branch that returns x would copy it."""
-
-    def body(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        return jnp.zeros_like(carry[0]), f(carry[1])
-
-    with jax.named_scope("apply_if"):  # in compiled programs tells this from a loop that runs
-        return jax.lax.while_loop(lambda carry: carry[0], body, (when, x))[1]
+    # By the largest value, which is NaN where one is: for XLA a reduction as any other, unlike one of booleans.
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    finite = [jnp.max(jnp.abs(x)) < jnp.inf for x in leaves if x.size]
+    return functools.reduce(jnp.logical_and, finite, jnp.ones((), bool))
 
 
 def signs(x: jax.Array) -> jax.Array:
@@ -91,7 +85,7 @@ def orthonormalize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
       Q of shape `(..., m, min(m, k))` and R of shape `(..., min(m, k), k)`.
     """
     q, r = _each_matrix(lambda y: tuple(jnp.linalg.qr(y, mode="reduced")), x)
-    sign = signs(jnp.diagonal(r, axis1=-2, axis2=-1))[..., : q.shape[-1]]
+    sign = signs(diag_part(r[..., : q.shape[-1]]))[..., : q.shape[-1]]
     return q * sign[..., None, :], r * sign[..., :, None]
 
 
@@ -112,9 +106,9 @@ class Extension(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """Where `extend` is: X = U in_basis + y in_y, but for the scale of its columns."""
+    """Where `extend` is: X = U in_basis + y in_y, but for the scale of its columns. All but the ys are one batch."""
 
-    y: jax.Array
+    ys: list[jax.Array]
     c: jax.Array  # U^T y
     gram: jax.Array  # y^T y
     in_basis: jax.Array
@@ -124,45 +118,64 @@ class _Pass(NamedTuple):
 
 
 @precise
-def extend(basis: jax.Array, x: jax.Array) -> Extension:
-    r"""Completes an orthonormal basis U to one of the span of [U, X]: the QR of [U, X] by Gram matrices only.
+def extend(bases: Sequence[jax.Array], xs: Sequence[jax.Array]) -> list[Extension]:
+    r"""Completes each orthonormal basis U to one of the span of [U, X]: the QR of [U, X] by Gram matrices only.
 
     .. math:: [U, X] = [U, Y]\,K\,[R_U, R_X], \quad (\,[U, Y]\,K\,)^\top [U, Y]\,K = I
 
     Shifted Cholesky QR: with :math:`C = U^\top Y` and :math:`R^\top R = Y^\top Y - C^\top C + s I`, a pass
     replaces Y by :math:`(Y - U C) R^{-1}`, whose condition is smaller by about the root of the shift s, 400 in single
-    precision. Passes go on until Y is orthonormal up to a half, one in most steps; a last Cholesky factorisation, of
-    the Gram matrix of [U, Y], gives K. All that touches m rows is a matrix product: fast on accelerators, batched,
-    and over sharded rows nothing but k x k sums is communicated.
+    precision. Passes go on until every Y is orthonormal up to a half, one in most steps; a last Cholesky factorisation,
+    of the Gram matrix of [U, Y], gives K. All that touches m rows is a matrix product: fast on accelerators, batched,
+    and over sharded rows nothing but k x k sums is communicated. All matrices of equal r and k are factorised in one
+    batch, whatever their m.
 
     The result is that of `orthonormalize` of [U, X], to rounding in the size of each column, whatever the rank of X:
     first a fixed pseudo-random matrix of rounding size is added, which makes the columns independent, and put in
     the place of columns of zeros. U need not be orthonormal to more than a tenth; its drift is corrected.
 
     Args:
-      basis: U, `(..., m, r)`.
-      x: X, `(..., m, k)`, with r + k <= m.
+      bases: every U, `(..., m, r)`; r may be 0.
+      xs: every X, `(..., m, k)`, with r + k <= m.
 
     Returns:
-      An `Extension`; `mix` is NaN where X is not finite, or if ever the passes should not end.
+      An `Extension` of each; `mix` and the coordinates are NaN where X is not finite, or if ever the passes should not
+      end.
 
     References:
       Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, `Shifted Cholesky QR for computing the QR factorization of
       ill-conditioned matrices <https://arxiv.org/abs/1809.11085>`_, 2020; with the block Gram-Schmidt of Carson, Lund,
       Rozložník, Thomas, `arXiv:2010.12058 <https://arxiv.org/abs/2010.12058>`_, 2022, section 2.
     """
-    (m, k), r, eps = x.shape[-2:], basis.shape[-1], float(jnp.finfo(x.dtype).eps)
-    top = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
-    y = x / jnp.where(top > 0, top, 1.0)
-    noise = jnp.broadcast_to(_noise(m, k, x.dtype), x.shape)
-    size = jnp.where(top > 0, jnp.full_like(top, eps), jnp.ones_like(top))
-    # The factor keeps equal columns apart where the sum is rounded away, the sum where both are zero.
-    y = y * (1 + 2 * eps * jnp.sign(noise)) + size * noise
-    eye = jnp.broadcast_to(jnp.eye(k, dtype=x.dtype), (*x.shape[:-2], k, k))
+    sizes = [(basis.shape[-1], x.shape[-1], x.dtype) for basis, x in zip(bases, xs, strict=True)]
+    results: list[Any] = [None] * len(sizes)
+    for size in dict.fromkeys(sizes):
+        indices = [i for i, other in enumerate(sizes) if other == size]
+        extensions = _extend([bases[i] for i in indices], [xs[i] for i in indices])
+        for i, extension in zip(indices, extensions, strict=True):
+            results[i] = extension
+    return results
+
+
+def _extend(bases: list[jax.Array], xs: list[jax.Array]) -> list[Extension]:
+    """`extend` for matrices of equal r and k."""
+    k, eps, batches = xs[0].shape[-1], float(jnp.finfo(xs[0].dtype).eps), [x.shape[:-2] for x in xs]
+
+    def start(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        top = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
+        size = jnp.where(top > 0, jnp.full_like(top, eps), jnp.ones_like(top))
+        noise = jnp.broadcast_to(_noise(x.shape[-2], k, x.dtype), x.shape)
+        # The factor keeps equal columns apart where the sum is rounded away, the sum where both are zero.
+        return x / jnp.where(top > 0, top, 1.0) * (1 + 2 * eps * jnp.sign(noise)) + size * noise, top
+
+    def products(ys: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """U^T y and y^T y of all."""
+        c = join([transpose(basis) @ y for basis, y in zip(bases, ys, strict=True)])
+        return c, join([transpose(y) @ y for y in ys])
 
     def complement(p: _Pass) -> tuple[jax.Array, jax.Array]:
         """The norms of the columns of y, and the Gram matrix of their parts beside U relative to them."""
-        d = jnp.sqrt(jnp.diagonal(p.gram, axis1=-2, axis2=-1))
+        d = isolate(_column_norms, p.gram)
         return d, (p.gram - transpose(p.c) @ p.c) / (d[..., :, None] * d[..., None, :])
 
     def oblique(p: _Pass) -> jax.Array:
@@ -174,36 +187,34 @@ def extend(basis: jax.Array, x: jax.Array) -> Extension:
         # Rounding may leave a negative eigenvalue below -shift: the next pass has a larger shift.
         ok = jnp.isfinite(jnp.sum(inverse, axis=(-2, -1)))
         sound = ok[..., None, None]
-        upper, inverse = upper * d[..., None, :], inverse / d[..., :, None]
-        y = p.y @ inverse - basis @ (p.c @ inverse)
-        y = jnp.where(sound, y, p.y)
-        return _Pass(
-            y,
-            transpose(basis) @ y,
-            transpose(y) @ y,
-            jnp.where(sound, p.in_basis + p.c @ p.in_y, p.in_basis),
-            jnp.where(sound, upper @ p.in_y, p.in_y),
-            jnp.where(ok, p.shift, 100 * p.shift),
-            p.passes + 1,
-        )
+        upper = jnp.where(sound, upper * d[..., None, :], eye)
+        inverse = jnp.where(sound, inverse / d[..., :, None], eye)
+        c = jnp.where(sound, p.c, 0.0)
+        parts = zip(bases, p.ys, apart((inverse, c @ inverse), batches), strict=True)
+        ys = [y @ inverse - basis @ c for basis, y, (inverse, c) in parts]
+        shift = jnp.where(ok, p.shift, 100 * p.shift)
+        return _Pass(ys, *products(ys), p.in_basis + c @ p.in_y, upper @ p.in_y, shift, p.passes + 1)
 
-    c, gram = transpose(basis) @ y, transpose(y) @ y
-    shift = jnp.full(x.shape[:-2], k * eps, x.dtype)
-    p = _Pass(y, c, gram, jnp.zeros_like(c), eye, shift, jnp.zeros((), jnp.int32))
+    ys, tops = map(list, zip(*map(start, xs), strict=True))
+    c, gram = products(ys)
+    top = join(tops)
+    eye = jnp.broadcast_to(jnp.eye(k, dtype=gram.dtype), gram.shape)
+    shift = jnp.full(gram.shape[:1], k * eps, gram.dtype)
+    p = _Pass(ys, c, gram, jnp.zeros_like(c), eye, shift, jnp.zeros((), jnp.int32))
     p = jax.lax.while_loop(lambda p: (p.passes < 8) & oblique(p), improve, p)  # Five is the most that was seen.
-    above = jnp.concatenate([transpose(basis) @ basis, p.c], axis=-1)
+    above = jnp.concatenate([join([transpose(basis) @ basis for basis in bases]), p.c], axis=-1)
     below = jnp.concatenate([transpose(p.c), p.gram], axis=-1)
-    upper, mix = cholesky(jnp.concatenate([above, below], axis=-2))
-    mix = jnp.where(oblique(p), jnp.nan, mix)  # rather than a basis that is none
+    # NaN rather than a basis that is none.
+    upper, mix = cholesky(jnp.where(oblique(p), jnp.nan, jnp.concatenate([above, below], axis=-2)))
     coordinates = upper @ jnp.concatenate([p.in_basis, p.in_y], axis=-2) * top
-    return Extension(p.y, mix, upper[..., :r], coordinates)
+    parts = apart((mix, upper[..., : c.shape[-2]], coordinates), batches)
+    return [Extension(y, *part) for y, part in zip(p.ys, parts, strict=True)]
 
 
 @precise
-def gram_qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`orthonormalize` by Gram matrices, see `extend`: Q `(..., m, k)` and R `(..., k, k)`, for k <= m."""
-    e = extend(x[..., :0], x)
-    return e.block @ e.mix, e.x
+def gram_qr(xs: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+    """`orthonormalize` of each x by Gram matrices, see `extend`: Q `(..., m, k)` and R `(..., k, k)`, for k <= m."""
+    return [(e.block @ e.mix, e.x) for e in extend([x[..., :0] for x in xs], xs)]
 
 
 def cholesky(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -246,6 +257,17 @@ def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x = jnp.where(finite[..., None, None], x, 0.0)
     p, sigma, qt = _each_matrix(lambda y: tuple(jnp.linalg.svd(y, full_matrices=False)), x)
     return p, jnp.where(finite[..., None], sigma, jnp.nan), transpose(qt)
+
+
+def diag_part(x: jax.Array) -> jax.Array:
+    """The diagonals `(..., k)` of square matrices, as sums: XLA on CPU fuses the gather of `jnp.diagonal` worse."""
+    eye = jnp.eye(x.shape[-1], dtype=bool)
+    return jnp.sum(jnp.where(jnp.broadcast_to(eye, x.shape), x, jnp.zeros_like(x)), axis=-1)
+
+
+@jax.jit
+def _column_norms(gram: jax.Array) -> jax.Array:
+    return jnp.sqrt(diag_part(gram))
 
 
 def diagonal(sigma: jax.Array) -> jax.Array:

@@ -17,6 +17,8 @@ References:
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -25,35 +27,36 @@ import jax.numpy as jnp
 from lowrank_optax import linalg
 from lowrank_optax.linalg import transpose
 from lowrank_optax.lowrank import LowRank
+from lowrank_optax.xla import isolate, together
 
 
-def is_canonical(W: LowRank) -> jax.Array:
-    """True if S is diagonal, non-negative and descending for every kernel of the batch."""
-    sigma = jnp.diagonal(W.S, axis1=-2, axis2=-1)
-    ordered = jnp.all(sigma[..., :-1] >= sigma[..., 1:]) & jnp.all(sigma[..., -1] >= 0)
-    return ordered & jnp.all(linalg.diagonal(sigma) == W.S)
+def is_canonical(S: jax.Array) -> jax.Array:
+    """True where S `(batch..., r, r)` is diagonal, non-negative and descending, `(batch...)`."""
+    sigma = linalg.diag_part(S)
+    ordered = jnp.all(sigma[..., :-1] >= sigma[..., 1:], axis=-1) & jnp.all(sigma >= 0, axis=-1)
+    return ordered & jnp.all(linalg.diagonal(sigma) == S, axis=(-2, -1))
 
 
-def gauge(W: LowRank) -> tuple[jax.Array, jax.Array, jax.Array]:
+def gauge(S: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """P, sigma, Q with `S = P diag(sigma) Q^T`: `(U P, diag(sigma), V Q)` is W in the canonical gauge.
 
     Singular values at the rounding level of a full S are noise. They become exact zeros here, because
     `project` divides by what is not zero.
     """
-    p, sigma, q = linalg.svd(W.S)
-    floor = W.rank * jnp.finfo(sigma.dtype).eps * sigma[..., :1]
+    p, sigma, q = linalg.svd(S)
+    floor = S.shape[-1] * jnp.finfo(sigma.dtype).eps * sigma[..., :1]
     return p, jnp.where(sigma <= floor, 0.0, sigma), q  # NaN stays
 
 
-def singular_values(W: LowRank) -> jax.Array:
-    """The singular values `(batch..., r)`, exact where S is canonical."""
-    sigma = jnp.diagonal(W.S, axis1=-2, axis2=-1)
-    return jax.lax.cond(is_canonical(W), lambda: sigma, lambda: gauge(W)[1])
+def singular_values(S: jax.Array) -> jax.Array:
+    """The singular values `(batch..., r)` of W, exact where S is canonical."""
+    sigma = linalg.diag_part(S)
+    return jax.lax.cond(jnp.all(is_canonical(S)), lambda: sigma, lambda: gauge(S)[1])
 
 
-def rank(W: LowRank) -> jax.Array:
+def rank(S: jax.Array) -> jax.Array:
     """The number of singular values that are not zero, `(batch...)`, int32."""
-    return jnp.sum(singular_values(W) > 0, axis=-1, dtype=jnp.int32)
+    return jnp.sum(singular_values(S) > 0, axis=-1, dtype=jnp.int32)
 
 
 @linalg.precise
@@ -109,9 +112,8 @@ def project(W: LowRank, grads: LowRank, active: jax.Array) -> LowRank:
     Returns:
       The triple (U_p, M, V_p), zero in the padded columns.
     """
-    sigma = jnp.diagonal(W.S, axis1=-2, axis2=-1)
-    known = active & (sigma > jnp.finfo(sigma.dtype).tiny)
-    divisor = jnp.where(known, sigma, 1.0)[..., None, :]
+    sigma = linalg.diag_part(W.S)
+    known, divisor = isolate(_known, sigma, active)
     bases = trim(W, active)
 
     def horizontal(basis: jax.Array, factor_grad: jax.Array) -> jax.Array:
@@ -120,6 +122,12 @@ def project(W: LowRank, grads: LowRank, active: jax.Array) -> LowRank:
 
     m = jnp.where(active[..., None, :] & active[..., :, None], grads.S, 0.0)
     return LowRank(horizontal(bases.U, grads.U), m, horizontal(bases.V, grads.V))
+
+
+@jax.jit
+def _known(sigma: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
+    known = active & (sigma > jnp.finfo(sigma.dtype).tiny)
+    return known, jnp.where(known, sigma, 1.0)[..., None, :]
 
 
 @linalg.precise
@@ -183,58 +191,74 @@ class Frame(NamedTuple):
 
 
 @linalg.precise
-def augment(W: LowRank, xi: LowRank, rank: jax.Array, width: int) -> Frame:
+def augment(Ws: Sequence[LowRank], xis: Sequence[LowRank], ranks: Sequence[jax.Array], times: int) -> list[Frame]:
     """Orthonormal bases of the spans of [U, U_p] and [V, V_p], those of their QR.
 
     Columns come in order: the k of the basis, as many new directions as fit, arbitrary orthonormal ones in the
     place of padding. The order matters to elementwise optimizers, which must not see padding mixed into U_p.
 
     Args:
-      W: kernel in the canonical gauge.
-      xi: triple (U_p, M, V_p); M is not used.
-      rank: `(batch...)` number k of columns of the kernel that are not padding.
-      width: columns of the frame, r to 2r; with fewer than 2k some new directions are left out.
+      Ws: kernels in the canonical gauge.
+      xis: their triples (U_p, M, V_p); M is not used.
+      ranks: `(batch...)` numbers k of columns of the kernels that are not padding.
+      times: columns of the frames in units of r, 1 or 2; with fewer than 2k some new directions are left out.
 
     Returns:
-      The frame, with at most m (or n) columns.
+      The frames, with at most m (or n) columns.
     """
-    r = W.rank
-    shape = (*rank.shape, width)
-    j = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
-    k = rank[..., None]
-    # Column j of the frame is U_j below k, new direction j - k below 2k, and zero from there on.
-    source = jnp.where(j < k, j, jnp.minimum(j - k + r, 2 * r - 1))[..., None, :]
-    # New direction i is column k + i of the frame.
-    target = jnp.minimum(k + j[..., :r], width - 1)[..., None, :]
-    active = linalg.leading(rank, r)[..., None, :]
-    fits = active & (k + j[..., :r] < width)[..., None, :]
-
-    def ordered(basis: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        columns = jnp.take_along_axis(jnp.concatenate([basis, new], axis=-1), source, axis=-1)
-        q, x = linalg.orthonormalize(jnp.where((j < 2 * k)[..., None, :], columns, 0.0))
-        left_new = jnp.take_along_axis(x, target, axis=-1)
-        return q, jnp.where(active, x[..., :r], 0.0), jnp.where(fits, left_new, 0.0)
-
-    def extend(basis: jax.Array, new: jax.Array) -> tuple[Basis, jax.Array, jax.Array]:
-        if basis.shape[-2] < 2 * r:
-            q, left, left_new = ordered(basis, new)
-            eye = jnp.eye(q.shape[-1], dtype=q.dtype)
-            return Basis((q,), jnp.broadcast_to(eye, (*q.shape[:-2], *eye.shape))), left, left_new
-        e = linalg.extend(basis, new)
-
-        def padded() -> tuple[jax.Array, jax.Array, jax.Array]:
-            q, left, left_new = ordered(e.basis, e.x)
-            return e.mix @ q, left, left_new
-
-        if width < 2 * r:
-            mix, left, left_new = padded()
+    bases, news = [W.U for W in Ws] + [W.V for W in Ws], [xi.U for xi in xis] + [xi.V for xi in xis]
+    counts = [k[..., None, None] for k in [*ranks, *ranks]]
+    # With fewer rows than 2 r the columns of [U, U_p] are dependent: a QR of them as they are.
+    high = [basis.shape[-2] >= 2 * basis.shape[-1] for basis in bases]
+    extensions = linalg.extend(*([x for x, h in zip(xs, high, strict=True) if h] for xs in (bases, news)))
+    small = [(e.mix, e.basis, e.x) for e in extensions]
+    order = functools.partial(_in_order, times=times)
+    ordered = together(order, small, [k for k, h in zip(counts, high, strict=True) if h])
+    tall = iter(zip(extensions, ordered, strict=True))
+    sides = []
+    for basis, new, k, h in zip(bases, news, counts, high, strict=True):
+        if h:
+            e, (mix, old, added) = next(tall)
+            sides.append((Basis((basis, e.block), mix), old, added))
         else:
-            mix, left, left_new = jax.lax.cond(jnp.all(rank == r), lambda: (e.mix, e.basis, e.x), padded)
-        return Basis((basis, e.block), mix), left, left_new
+            q, old, added = _ordered_qr(basis, new, k, times)
+            eye = jnp.eye(q.shape[-1], dtype=q.dtype)
+            sides.append((Basis((q,), jnp.broadcast_to(eye, (*q.shape[:-2], *eye.shape))), old, added))
+    pairs = zip(sides[: len(Ws)], sides[len(Ws) :], strict=True)
+    return [Frame(u, v, left, right, left_new, right_new) for (u, left, left_new), (v, right, right_new) in pairs]
 
-    u, left, left_new = extend(W.U, xi.U)
-    v, right, right_new = extend(W.V, xi.V)
-    return Frame(u, v, left, right, left_new, right_new)
+
+def _in_order(
+    parts: tuple[jax.Array, jax.Array, jax.Array], k: jax.Array, times: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The columns of an extension `(mix, basis, x)` in the order of `augment`, and the coordinates in them."""
+    mix, basis, new = parts
+
+    def padded() -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, left, left_new = _ordered_qr(basis, new, k, times)
+        return mix @ q, left, left_new
+
+    if times == 1:
+        return padded()
+    return jax.lax.cond(jnp.all(k == basis.shape[-1]), lambda: parts, padded)
+
+
+def _ordered_qr(basis: jax.Array, new: jax.Array, k: jax.Array, times: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Orthonormal columns in the order of `augment`, and the coordinates of both in them; k is `(batch..., 1, 1)`."""
+    r = basis.shape[-1]
+    width = times * r
+    shape = (*k.shape[:-1], width)
+    j = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+    # Column j of the frame is U_j below k, new direction j - k below 2k, and zero from there on.
+    source = jnp.where(j < k, j, jnp.minimum(j - k + r, 2 * r - 1))
+    # New direction i is column k + i of the frame.
+    target = jnp.minimum(k + j[..., :r], width - 1)
+    active = j[..., :r] < k
+    fits = active & (k + j[..., :r] < width)
+    columns = jnp.take_along_axis(jnp.concatenate([basis, new], axis=-1), source, axis=-1)
+    q, x = linalg.orthonormalize(jnp.where(j < 2 * k, columns, 0.0))
+    left_new = jnp.take_along_axis(x, target, axis=-1)
+    return q, jnp.where(active, x[..., :r], 0.0), jnp.where(fits, left_new, 0.0)
 
 
 def augmented_block(S: jax.Array, rank: jax.Array) -> jax.Array:
@@ -247,16 +271,18 @@ def augmented_block(S: jax.Array, rank: jax.Array) -> jax.Array:
 
 
 @linalg.precise
-def coefficients(frame: Frame, xi: LowRank) -> jax.Array:
-    r"""The matrix of a tangent vector in the frame, `(batch..., p, q)`.
+def coefficients(
+    M: jax.Array, left: jax.Array, right: jax.Array, left_new: jax.Array, right_new: jax.Array
+) -> jax.Array:
+    r"""The matrix of a tangent vector in a frame, `(batch..., p, q)`.
 
     :math:`\hat U^\top \xi \hat V`, which is :math:`[[M, R_v^\top], [R_u, 0]]` when U and V are orthonormal.
+
+    Args:
+      M: of the triple (U_p, M, V_p).
+      left, right, left_new, right_new: see `Frame`.
     """
-    return (
-        frame.left @ xi.S @ transpose(frame.right)
-        + frame.left_new @ transpose(frame.right)
-        + frame.left @ transpose(frame.right_new)
-    )
+    return left @ M @ transpose(right) + left_new @ transpose(right) + left @ transpose(right_new)
 
 
 @linalg.precise
@@ -292,7 +318,7 @@ def retract_svd(y: jax.Array, r: int) -> Retraction:
 
 
 @linalg.precise
-def retract_bug(y: jax.Array, frame: Frame, active: jax.Array) -> Retraction:
+def retract_bug(y: jax.Array, left: jax.Array, right: jax.Array, active: jax.Array) -> Retraction:
     r"""The basis-update and Galerkin step: no SVD of the frame's size, and a fixed rank.
 
     .. math:: U' = \mathrm{orth}(Y V), \quad V' = \mathrm{orth}(Y^\top U), \quad S' = U'^\top Y V'
@@ -303,8 +329,7 @@ def retract_bug(y: jax.Array, frame: Frame, active: jax.Array) -> Retraction:
       Ceruti, Lubich, `An unconventional robust integrator for dynamical low-rank approximation
       <https://arxiv.org/abs/2010.02022>`_, 2021, section 3.
     """
-    u, _ = linalg.orthonormalize(y @ frame.right)
-    v, _ = linalg.orthonormalize(transpose(y) @ frame.left)
+    (u, _), (v, _) = linalg.gram_qr([y @ right, transpose(y) @ left])
     # The columns of u and v beside padding are arbitrary: what Y has there is not part of the step.
     s = transpose(u) @ y @ v
     p, sigma, q = linalg.svd(jnp.where(active[..., None, :] & active[..., :, None], s, 0.0))

@@ -11,7 +11,7 @@ import optax
 from lowrank_optax import linalg
 from lowrank_optax import manifold as mf
 from lowrank_optax.factorize import path_name
-from lowrank_optax.lowrank import LowRank, is_lowrank
+from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.transforms import FixedRankState, KernelState
 
 
@@ -38,7 +38,7 @@ def ranks(params: Any) -> dict[str, jax.Array]:
 def _rank(S: jax.Array) -> jax.Array:
     """Compiled once for each shape, so that ranks can be printed from a loop."""
     S = S.astype(linalg.working_dtype(S))
-    return mf.rank(LowRank(S, S, S))
+    return mf.rank(S)
 
 
 class Diagnostics(NamedTuple):

@@ -173,11 +173,11 @@ def _plan(name: str, W: LowRank, rank: Rank | None) -> _Move | None:
     F = flatten(W.astype(linalg.working_dtype(W.U, W.S, W.V)))
     limit = min(F.U.shape[-2], F.V.shape[-2])
     p = q = jnp.broadcast_to(jnp.eye(F.rank, dtype=F.S.dtype), F.S.shape)
-    sigma = jnp.diagonal(F.S, axis1=-2, axis2=-1)
-    canonical = bool(mf.is_canonical(F))
+    sigma = linalg.diag_part(F.S)
+    canonical = bool(jnp.all(mf.is_canonical(F.S)))
     if not canonical:
-        p, sigma, q = mf.gauge(F)
-    width = max(1, int(jnp.max(mf.rank(F)))) if rank is None else min(limit, rank_number(rank, name, W.shape, limit))
+        p, sigma, q = mf.gauge(F.S)
+    width = max(1, int(jnp.max(mf.rank(F.S)))) if rank is None else min(limit, rank_number(rank, name, W.shape, limit))
     return None if canonical and width == F.rank else _Move(W, sigma, p, q, width)
 
 
@@ -246,7 +246,7 @@ def incremental_update(new: Any, old: Any, step_size: float | jax.Array) -> Any:
         s = step_size * mf.congruence(x.S, ru[..., :r], rv[..., :r])
         s = s + (1 - step_size) * mf.congruence(y.S, ru[..., r:], rv[..., r:])
         p, sigma, q = linalg.svd(s.astype(dtype))
-        sigma = jnp.where(linalg.leading(mf.rank(x), r), sigma[..., :r], 0.0)
+        sigma = jnp.where(linalg.leading(mf.rank(x.S), r), sigma[..., :r], 0.0)
         middle = LowRank(u @ p[..., :r], linalg.diagonal(sigma), v @ q[..., :r])
         return cast_like(unflatten(middle, a), a)
 

@@ -124,7 +124,7 @@ def test_extend_is_orthonormal_and_holds_u_and_x_whatever_the_rank(rows: int, dt
         U, cases = np.linalg.qr(U[:rows])[0], {name: x[:rows] for name, x in cases.items()}
     u = np.stack([U] * len(cases)).astype(dtype)
     x = np.stack(list(cases.values())).astype(dtype)
-    e = jax.jit(linalg.extend)(u, x)
+    (e,) = jax.jit(linalg.extend)([u], [x])
     assert all(y.dtype == dtype for y in e)
     block, mix, basis_part, x_part = (np.asarray(y, np.float64) for y in e)
     q = np.concatenate([u, block], axis=-1) @ mix
@@ -148,7 +148,7 @@ def test_small_bases_are_completed_from_nothing(size: int) -> None:
     """The columns put in the place of zeros are independent, of each other and of what is there, in few rows too."""
     x = np.zeros((50, size, size), np.float32)
     x[1:, :, 0] = random(49, size, seed=6)
-    q, _ = jax.jit(linalg.gram_qr)(x)
+    ((q, _),) = jax.jit(linalg.gram_qr)([x])
     np.testing.assert_allclose(T(q) @ q, np.broadcast_to(np.eye(size), q.shape), atol=1e-5)
 
 
@@ -157,7 +157,7 @@ def test_extend_is_householder_qr_where_that_is_determined() -> None:
     U = U * (1 + 1e-3 * random(1, WIDTH, seed=5))  # as far from orthonormal as rounding to bfloat16 leaves it
     names = ["horizontal", "not horizontal", "graded", "huge", "condition 1e4"]
     u, x = np.stack([U] * len(names)), np.stack([cases[name] for name in names])
-    block, mix, basis_part, x_part = (np.asarray(y) for y in jax.jit(linalg.extend)(u, x))
+    block, mix, basis_part, x_part = (np.asarray(y) for y in jax.jit(linalg.extend)([u], [x])[0])
     q, r = (np.asarray(y) for y in linalg.orthonormalize(jnp.asarray(np.concatenate([u, x], axis=-1))))
     # Q and R depend on [U, X] with the condition of X, at most 1e4, times rounding, 2e-16, times a small constant.
     np.testing.assert_allclose(np.concatenate([u, block], axis=-1) @ mix, q, atol=1e-10)
@@ -167,7 +167,7 @@ def test_extend_is_householder_qr_where_that_is_determined() -> None:
 
 def test_gram_qr_is_householder_qr() -> None:
     x = random(2, 7, 3) * np.geomspace(1, 1e-6, 3)
-    for a, b in zip(linalg.gram_qr(jnp.asarray(x)), linalg.orthonormalize(jnp.asarray(x)), strict=True):
+    for a, b in zip(linalg.gram_qr([jnp.asarray(x)])[0], linalg.orthonormalize(jnp.asarray(x)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-14)  # well conditioned but for the scale of the columns
 
 

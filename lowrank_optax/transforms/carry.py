@@ -17,9 +17,10 @@ import numpy as np
 import optax
 
 from lowrank_optax import manifold as mf
-from lowrank_optax.linalg import all_finite, apply_if, transpose
+from lowrank_optax.linalg import all_finite, transpose
 from lowrank_optax.lowrank import LowRank, cast_like, is_lowrank
 from lowrank_optax.transforms.split import Place, Split
+from lowrank_optax.xla import apply_if
 
 # Fields of the states in Optax that hold squares of gradients, per coordinate.
 SECOND_MOMENTS = ("nu", "nu_max", "sum_of_squares", "e_g", "e_x", "n")

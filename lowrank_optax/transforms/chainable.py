@@ -20,8 +20,8 @@ def _canonical(W: LowRank) -> tuple[LowRank, jax.Array, jax.Array, jax.Array]:
     """W flattened, in the working dtype and the canonical gauge; the gauge P, Q; the active columns."""
     F = flatten(W.astype(linalg.working_dtype(W.U, W.S, W.V)))
     eye = jnp.broadcast_to(jnp.eye(F.rank, dtype=F.S.dtype), F.S.shape)
-    sigma = jnp.diagonal(F.S, axis1=-2, axis2=-1)
-    p, sigma, q = jax.lax.cond(mf.is_canonical(F), lambda: (eye, sigma, eye), lambda: mf.gauge(F))
+    sigma = linalg.diag_part(F.S)
+    p, sigma, q = jax.lax.cond(jnp.all(mf.is_canonical(F.S)), lambda: (eye, sigma, eye), lambda: mf.gauge(F.S))
     # A zero kernel has no directions of its own yet, so all its columns may be used.
     active = (sigma > 0) | ~jnp.any(sigma > 0, axis=-1, keepdims=True)
     return LowRank(F.U @ p, linalg.diagonal(sigma), F.V @ q), p, q, active
@@ -109,10 +109,11 @@ def retract(method: Literal["svd", "bug"] = "svd") -> optax.GradientTransformati
         x = mf.rotate_tangent(flatten(xi.astype(C.U.dtype)), p, q)
         x = mf.make_horizontal(C, x, active)
         rank = jnp.sum(active, axis=-1, dtype=jnp.int32)
-        frame = mf.augment(C, x, rank, 2 * C.rank)
-        y = mf.congruence(C.S, frame.left, frame.right) + mf.coefficients(frame, x)
-        point = mf.retract_bug(y, frame, active) if method == "bug" else mf.retract_svd(y, W.rank)
-        new = unflatten(mf.assemble(frame, mf.align(point, frame.left), rank), W)
+        (frame,) = mf.augment([C], [x], [rank], times=2)
+        left, right = frame.left, frame.right
+        y = mf.congruence(C.S, left, right) + mf.coefficients(x.S, left, right, frame.left_new, frame.right_new)
+        point = mf.retract_bug(y, left, right, active) if method == "bug" else mf.retract_svd(y, W.rank)
+        new = unflatten(mf.assemble(frame, mf.align(point, left), rank), W)
         new = cast_like(new, W)
         return LowRank(new.U - W.U, new.S - W.S, new.V - W.V)
 

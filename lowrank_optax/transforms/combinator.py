@@ -336,7 +336,7 @@ def _check_state(method: st.Method, split: Split, state: Any, params: Any) -> No
 
 def _kernel_state(W: LowRank, galerkin: bool) -> st.KernelState:
     """The rank is the number of non-zero singular values; a zero kernel may use all columns that there is room for."""
-    most, count = max(1, W.rank // 2) if galerkin else W.rank, mf.rank(W)
+    most, count = max(1, W.rank // 2) if galerkin else W.rank, mf.rank(W.S)
     rank = jnp.where(count == 0, most, count).astype(jnp.int32)
     return st.KernelState(rank, *(jnp.zeros(W.batch_shape, W.S.dtype) for _ in range(2)))
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from lowrank_optax import explicit
 from lowrank_optax.lowrank import LowRank, is_lowrank
+from lowrank_optax.xla import apart, isolate
 
 
 class Place(NamedTuple):
@@ -70,13 +69,7 @@ class Split:
 
     def unstack(self, trees: list[Any], sizes: list[int]) -> list[list[Any]]:
         """The inverse of `stack`."""
-        # Behind a barrier the positions stay values, so that all slices of one shape are the same compiled code.
-        # Without a sign they need no code that counts negative ones from the end.
-        positions = jax.lax.optimization_barrier([jnp.uint32(j) for j in range(max(sizes, default=0))])
-        return [
-            isolate(_unstack, tree, positions[:size]) if size > 1 else [tree]
-            for tree, size in zip(trees, sizes, strict=True)
-        ]
+        return [apart(tree, [()] * size) if size > 1 else [tree] for tree, size in zip(trees, sizes, strict=True)]
 
     def ordinary(self, tree: Any) -> list[Any]:
         """What `tree` holds at the other leaves."""
@@ -142,27 +135,3 @@ def is_kernel(x: Any) -> bool:
 @jax.jit  # traced once for each shape
 def _stack(trees: list[Any]) -> Any:
     return jax.tree.map(lambda *xs: jax.lax.concatenate([jax.lax.expand_dims(x, (0,)) for x in xs], 0), *trees)
-
-
-@jax.jit
-def _unstack(tree: Any, positions: list[jax.Array]) -> list[Any]:
-    def at(j: jax.Array, x: jax.Array) -> jax.Array:
-        zeros = positions[:1] * (x.ndim - 1)
-        return jax.lax.squeeze(jax.lax.dynamic_slice(x, [j, *zeros], (1, *x.shape[1:])), (0,))
-
-    return [jax.tree.map(functools.partial(at, j), tree) for j in positions]
-
-
-def isolate(f: Callable[..., Any], *args: Any) -> Any:
-    """`f(*args)`, f jitted, on CPU compiled on its own: not fused with what makes its arguments or uses its results.
-
-    XLA on CPU fuses a slice into every user of it, together with what made the array it is taken from. Its position is
-    then a constant of the user, and code that is the same for all kernels is compiled once for each. A call that is
-    not inlined is not fused with what is around it.
-    """
-
-    def call(*args: Any) -> Any:
-        with set_xla_metadata(inlineable="false"):
-            return f(*args)
-
-    return jax.lax.platform_dependent(*args, cpu=call, default=f)

@@ -33,6 +33,7 @@ from lowrank_optax.transforms.carry import (
     turn_change,
 )
 from lowrank_optax.transforms.split import Split
+from lowrank_optax.xla import apply_if, together
 
 
 class KernelState(NamedTuple):
@@ -113,7 +114,7 @@ class Method:
         Of the pair it sees half, so that weight decay at a rate c multiplies W by (1 - c / 2)^2, 1 - c to first order.
         """
         if self.momentum == "balanced":
-            root = 0.5 * jnp.sqrt(jnp.maximum(jnp.diagonal(W.S, axis1=-2, axis2=-1), 0.0))[..., None, :]
+            root = 0.5 * jnp.sqrt(jnp.maximum(linalg.diag_part(W.S), 0.0))[..., None, :]
             return LowRank(W.U * root, jnp.zeros_like(W.S), W.V * root)
         return LowRank(jnp.zeros_like(W.U), W.S, jnp.zeros_like(W.V)) if self.momentum == "tangent" else W.S
 
@@ -145,18 +146,18 @@ def canonicalize(method: Method, split: Split, point: Point, grads: Any) -> tupl
       The point, whose kernels are not to be used any more; the kernels and their gradients, group by group.
     """
     Ws, gs = split.kernels(point.params), split.kernels(grads)
-    ok = jnp.all(jnp.stack([mf.is_canonical(W) for W in Ws]))
+    ok = jnp.all(jnp.stack([jnp.all(x) for x in together(mf.is_canonical, [W.S for W in Ws])]))
 
     def turn(old: tuple[Kernels, Kernels, Any]) -> tuple[Kernels, Kernels, Any]:
         Ws, gs, _ = old
-        gauges = [mf.gauge(W) for W in Ws]
+        gauges = together(mf.gauge, [W.S for W in Ws])
         turned = [
             LowRank(W.U @ p, linalg.diagonal(sigma), W.V @ q) for W, (p, sigma, q) in zip(Ws, gauges, strict=True)
         ]
         gs = [mf.rotate(g, p, q) for g, (p, _, q) in zip(gs, gauges, strict=True)]
         return turned, gs, [(p, q) for p, _, q in gauges]
 
-    Ws, gs, turns = linalg.apply_if(~ok, turn, (Ws, gs, [(W.S, W.S) for W in Ws]))
+    Ws, gs, turns = apply_if(~ok, turn, (Ws, gs, [(W.S, W.S) for W in Ws]))
     changes = [gauge_change(method.momentum, p, q) for p, q in turns]
     inner_state, finite = method.carry(point.inner_state, split, changes, ~ok)
     return point._replace(inner_state=inner_state, finite=point.finite & finite), Ws, gs
@@ -174,6 +175,16 @@ def _trimmed(Ws: list[LowRank], ks: list[KernelState]) -> list[LowRank]:
     return [mf.trim(W, linalg.leading(k.rank, W.rank)) for W, k in zip(Ws, ks, strict=True)]
 
 
+def _weights(Ws: list[LowRank], frames: list[mf.Frame]) -> list[jax.Array]:
+    """The kernels as matrices in the frames."""
+    return together(mf.congruence, [W.S for W in Ws], [f.left for f in frames], [f.right for f in frames])
+
+
+def _coefficients(xis: list[LowRank], frames: list[mf.Frame]) -> list[jax.Array]:
+    """Tangent vectors as matrices in the frames."""
+    return together(mf.coefficients, [xi.S for xi in xis], *zip(*(f[2:] for f in frames), strict=True))
+
+
 def _finish(
     method: Method,
     Ws: list[LowRank],
@@ -184,12 +195,13 @@ def _finish(
 ) -> tuple[list[LowRank], list[KernelState], list[Change]]:
     """Retracts the coefficients y, chooses all ranks together, truncates; with the changes from the frames."""
 
-    def retract(W: LowRank, frame: mf.Frame, y: jax.Array, k: KernelState) -> mf.Retraction:
+    def retract(y: jax.Array, left: jax.Array, right: jax.Array, active: jax.Array) -> mf.Retraction:
         if method.retraction == "bug":
-            return mf.retract_bug(y, frame, linalg.leading(k.rank, W.rank))
-        return mf.retract_svd(y, W.rank)
+            return mf.align(mf.retract_bug(y, left, right, active[..., 0, :]), left)
+        return mf.align(mf.retract_svd(y, left.shape[-1]), left)
 
-    tries = [mf.align(retract(W, frame, y, k), frame.left) for W, frame, y, k in zip(Ws, frames, ys, ks, strict=True)]
+    masks = [linalg.leading(k.rank, W.rank)[..., None, :] for W, k in zip(Ws, ks, strict=True)]
+    tries = together(retract, ys, [f.left for f in frames], [f.right for f in frames], masks)
     spectra = [
         Spectrum(t.spectrum, k.rank, W.rank, (W.U.shape[-2], W.V.shape[-2]))
         for W, t, k in zip(Ws, tries, ks, strict=True)
@@ -232,14 +244,14 @@ def coefficient_step(
     point, Ws, gs = canonicalize(method, split, point, grads)
     ks = split.kernels(point.kernels)
     xis = [_project(W, g, k) for W, g, k in zip(Ws, gs, ks, strict=True)]
-    frames = [mf.augment(W, xi, k.rank, 2 * W.rank) for W, xi, k in zip(Ws, xis, ks, strict=True)]
-    S = [mf.congruence(W.S, f.left, f.right) for W, f in zip(Ws, frames, strict=True)]
+    frames = mf.augment(Ws, xis, [k.rank for k in ks], times=2)
+    S = _weights(Ws, frames)
     changes = [coefficient_change(f.left, f.right) for f in frames]
     inner_state, _ = method.carry(point.inner_state, split, changes)
     ordinary = split.ordinary(point.params)
 
     if grad_fn is None:
-        coefficients = (mf.coefficients(f, xi) for f, xi in zip(frames, xis, strict=True))
+        coefficients = _coefficients(xis, frames)
         steps, inner_state = method.inner.update(
             split.merge(coefficients, split.ordinary(grads)), inner_state, split.merge(S, ordinary), **extra
         )
@@ -278,11 +290,8 @@ def tangent_step(method: Method, split: Split, point: Point, grads: Any, extra: 
         mf.make_horizontal(W, d, linalg.leading(k.rank, W.rank))
         for W, d, k in zip(Ws, split.kernels(steps), ks, strict=True)
     ]
-    frames = [mf.augment(W, d, k.rank, 2 * W.rank) for W, d, k in zip(Ws, directions, ks, strict=True)]
-    ys = [
-        mf.congruence(W.S, f.left, f.right) + mf.coefficients(f, d)
-        for W, f, d in zip(Ws, frames, directions, strict=True)
-    ]
+    frames = mf.augment(Ws, directions, [k.rank for k in ks], times=2)
+    ys = [s + d for s, d in zip(_weights(Ws, frames), _coefficients(directions, frames), strict=True)]
     norms = [mf.norm(xi) for xi in xis]
     new, states, _ = _finish(method, Ws, frames, ys, ks, norms)
     changes = list(map(transport_change, _trimmed(Ws, ks), _trimmed(new, states)))
@@ -295,22 +304,24 @@ def balanced_step(method: Method, split: Split, point: Point, grads: Any, extra:
     """One whole step with moments on balanced factors: the pair moves and is balanced anew."""
     point, Ws, gs = canonicalize(method, split, point, grads)
     ks = split.kernels(point.kernels)
-    actives = [linalg.leading(k.rank, W.rank) for W, k in zip(Ws, ks, strict=True)]
-    columns = [balanced.columns(W, active) for W, active in zip(Ws, actives, strict=True)]
+    actives = [linalg.leading(k.rank, W.rank)[..., None, :] for W, k in zip(Ws, ks, strict=True)]
+    columns = together(balanced.columns, [W.S for W in Ws], actives)
+    pairs = [balanced.gradient(*x) for x in zip(Ws, gs, columns, strict=True)]
     steps, inner_state = method.inner.update(
-        split.merge((balanced.gradient(*x) for x in zip(Ws, gs, columns, strict=True)), split.ordinary(grads)),
+        split.merge(pairs, split.ordinary(grads)),
         point.inner_state,
         split.merge(map(method.view, Ws), split.ordinary(point.params)),
         **extra,
     )
-    new, states, changes = [], [], []
-    for W, g, k, c, active, d in zip(Ws, gs, ks, columns, actives, split.kernels(steps), strict=True):
+    factors = []
+    for W, c, d in zip(Ws, columns, split.kernels(steps), strict=True):
         a, b = balanced.balance(W, c)
-        belong = active[..., None, :]
-        moved = balanced.rebalance(a + jnp.where(belong, d.U, 0.0), b + jnp.where(belong, d.V, 0.0), active)
-        new.append(moved.kernel)
-        states.append(KernelState(k.rank, balanced.norm(W, g, c), jnp.zeros_like(k.truncation)))
-        changes.append(turn_change(moved.x, moved.y))
+        factors.append((a + jnp.where(c.left > 0, d.U, 0.0), b + jnp.where(c.left > 0, d.V, 0.0)))
+    moved = balanced.rebalance(*zip(*factors, strict=True), actives)
+    norms = balanced.norms(pairs, [g.S for g in gs], columns)
+    states = [KernelState(k.rank, norm, jnp.zeros_like(k.truncation)) for k, norm in zip(ks, norms, strict=True)]
+    changes = [turn_change(x.x, x.y) for x in moved]
+    new = [x.kernel for x in moved]
     inner_state, finite = method.carry(inner_state, split, changes)
     finite &= point.finite & linalg.all_finite((new, [k.gradient_norm for k in states]))
     return Point(split.merge(new, split.ordinary(steps)), _states(split, states), inner_state, finite)
@@ -339,10 +350,10 @@ def augment_step(
         updates = split.ordinary(steps)
 
     new, states, changes = [], [], []
-    for W, g, k in zip(Ws, gs, ks, strict=True):
-        xi = _project(W, g, k)
-        frame = mf.augment(W, xi, k.rank, W.rank)
-        new.append(LowRank(frame.U.array(), mf.congruence(W.S, frame.left, frame.right), frame.V.array()))
+    xis = [_project(W, g, k) for W, g, k in zip(Ws, gs, ks, strict=True)]
+    frames = mf.augment(Ws, xis, [k.rank for k in ks], times=1)
+    for S, xi, frame, k in zip(_weights(Ws, frames), xis, frames, ks, strict=True):
+        new.append(LowRank(frame.U.array(), S, frame.V.array()))
         states.append(k._replace(gradient_norm=mf.norm(xi)))
         changes.append(coefficient_change(frame.left, frame.right))
     inner_state, finite = method.carry(inner_state, split, changes)

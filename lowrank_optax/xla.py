@@ -1,0 +1,97 @@
+"""How a step is laid out for the compiler: what is made once, what runs rarely, and what goes together."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
+
+
+def together(f: Callable[..., Any], *columns: Sequence[Any]) -> list[Any]:
+    """`[f(*row) for row in zip(*columns)]`, where rows of equal matrices are one call on a batch.
+
+    A small matrix costs the compiler as much as a large one: all decompositions of one size are one piece of code.
+
+    Args:
+      f: function of matrices with any number of leading batch axes, which its results have too.
+      *columns: as many arrays, or trees of arrays, in each as there are calls.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> [x.shape for x in together(jnp.linalg.inv, [jnp.eye(2), jnp.ones((3, 2, 2)) + jnp.eye(2)])]
+      [(2, 2), (3, 2, 2)]
+    """
+    rows = list(zip(*columns, strict=True))
+    groups: dict[Any, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(tuple((x.shape[-2:], x.dtype) for x in jax.tree.leaves(row)), []).append(i)
+    results: list[Any] = [None] * len(rows)
+    for indices in groups.values():
+        if len(indices) == 1:
+            results[indices[0]] = f(*rows[indices[0]])
+            continue
+        members = [rows[i] for i in indices]
+        batches = [jax.tree.leaves(row)[0].shape[:-2] for row in members]
+        for i, y in zip(indices, apart(f(*join(members)), batches), strict=True):
+            results[i] = y
+    return results
+
+
+def join(trees: Sequence[Any]) -> Any:
+    """One tree of `(N, a, b)` from equal trees of `(batch..., a, b)`, all their batches after each other."""
+
+    def one(*xs: jax.Array) -> jax.Array:
+        return jnp.concatenate([x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]) for x in xs])
+
+    return jax.tree.map(one, *trees)
+
+
+def apart(tree: Any, batches: Sequence[tuple[int, ...]]) -> list[Any]:
+    """The inverse of `join`: trees of `(batch..., any...)` from one of `(N, any...)`."""
+    starts = [sum(map(math.prod, batches[:i])) for i in range(len(batches))]
+    # Behind a barrier the positions stay values, so that all slices of one shape are the same compiled code.
+    # Without a sign they need no code that counts negative ones from the end.
+    positions = jax.lax.optimization_barrier([jnp.uint32(start) for start in starts])
+    return isolate(functools.partial(_apart, batches=tuple(batches)), tree, positions)
+
+
+@functools.partial(jax.jit, static_argnames="batches")  # traced once for each shape
+def _apart(tree: Any, positions: list[jax.Array], batches: tuple[tuple[int, ...], ...]) -> list[Any]:
+    def part(i: jax.Array, batch: tuple[int, ...], x: jax.Array) -> jax.Array:
+        zeros = [jnp.zeros_like(i)] * (x.ndim - 1)
+        sizes = (math.prod(batch), *x.shape[1:])
+        return jax.lax.dynamic_slice(x, [i, *zeros], sizes).reshape(*batch, *x.shape[1:])
+
+    places = zip(positions, batches, strict=True)
+    return [jax.tree.map(functools.partial(part, i, batch), tree) for i, batch in places]
+
+
+def apply_if(when: jax.Array, f: Callable[[Any], Any], x: Any) -> Any:
+    """`f(x)` where `when`, else x, as a loop of one pass or none: a branch that returns x would copy it."""
+
+    def body(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        return jnp.zeros_like(carry[0]), f(carry[1])
+
+    with jax.named_scope("apply_if"):  # in compiled programs tells this from a loop that runs
+        return jax.lax.while_loop(lambda carry: carry[0], body, (when, x))[1]
+
+
+def isolate(f: Callable[..., Any], *args: Any) -> Any:
+    """`f(*args)`, f jitted, on CPU compiled on its own: not fused with what makes its arguments or uses its results.
+
+    XLA on CPU fuses what makes a small array into every loop over a large one that reads it, and a slice into every
+    user of it, together with what made the array it is taken from. Masks are then made again at every element, and
+    the position of a slice is a constant, so that code that is the same for all kernels is compiled once for each. A
+    call that is not inlined is not fused with what is around it.
+    """
+
+    def call(*args: Any) -> Any:
+        with set_xla_metadata(inlineable="false"):
+            return f(*args)
+
+    return jax.lax.platform_dependent(*args, cpu=call, default=f)
