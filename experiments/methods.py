@@ -47,10 +47,13 @@ Schedule = Callable[[Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """How kernels are kept, how they are stepped, and a step size to begin a search with."""
+    """How kernels are kept, how they are stepped, and a step size to begin a search with.
+
+    An optimizer on the manifold is also given what steps all other leaves, which it applies to them itself.
+    """
 
     form: str
-    optimizer: Callable[[Schedule, "Config"], optax.GradientTransformation]
+    optimizer: Callable[..., optax.GradientTransformation]
     learning_rate: float
 
     @property
@@ -94,22 +97,23 @@ def _geometry(config: "Config") -> dict[str, Any]:
     elif config.tolerance:
         policy = lro.tolerance(config.tolerance)
     options = {"gradient": config.gradient, "local_steps": config.local_steps, "retraction": config.retraction}
-    return {**options, "rank": policy, "momentum": config.momentum or None}
+    # All other leaves move with every batch, as those of the methods without a loop.
+    return {**options, "rank": policy, "momentum": config.momentum or None, "move_ordinary": True}
 
 
-def _lowrank_adam(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
+def _lowrank_adam(schedule: Schedule, config: "Config", others: optax.GradientTransformation) -> Any:
     # lro.lowrank_adam with its default momentum and clipping, which must be inside to act on what the step sees.
     g = _geometry(config)
     g["momentum"] = balanced_where_allowed(g["momentum"], g["gradient"], g["retraction"], g["rank"])
-    return lro.fixed_rank(_adamw(schedule, config), **g, stack_kernels=True)
+    return lro.fixed_rank(_adamw(schedule, config), **g, ordinary=others, stack="all")
 
 
-def _lowrank_heavy_ball(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
-    return lro.fixed_rank(_heavy_ball(schedule, config), **_geometry(config), stack_kernels=True)
+def _lowrank_heavy_ball(schedule: Schedule, config: "Config", others: optax.GradientTransformation) -> Any:
+    return lro.fixed_rank(_heavy_ball(schedule, config), **_geometry(config), ordinary=others, stack="all")
 
 
-def _lowrank_muon(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
-    return lro.lowrank_muon(schedule, weight_decay=config.weight_decay, **_geometry(config))
+def _lowrank_muon(schedule: Schedule, config: "Config", others: optax.GradientTransformation) -> Any:
+    return lro.lowrank_muon(schedule, weight_decay=config.weight_decay, **_geometry(config), ordinary=others)
 
 
 METHODS: dict[str, Method] = {
@@ -198,14 +202,15 @@ def optimizer(name: str, task: Task, config: "Config") -> optax.GradientTransfor
         warm_up = max(1, round(WARM_UP * steps))
         return optax.warmup_cosine_decay_schedule(0.0, peak, warm_up, steps, 0.1 * peak)
 
-    return optax.partition(
-        {
-            "kernels": METHODS[name].optimizer(schedule(config.learning_rate(name)), config),
-            "others": _adamw(schedule(config.lr_others), config),
-            "frozen": optax.set_to_zero(),
-        },
-        functools.partial(labels, task),
-    )
+    method, others = METHODS[name], _adamw(schedule(config.lr_others), config)
+    step = functools.partial(method.optimizer, schedule(config.learning_rate(name)), config)
+
+    def who(params: Params) -> Any:
+        names = labels(task, params)
+        return jax.tree.map(lambda x: "kernels" if x == "others" and method.on_manifold else x, names)
+
+    of_kernels = step(others) if method.on_manifold else step()
+    return optax.partition({"kernels": of_kernels, "others": others, "frozen": optax.set_to_zero()}, who)
 
 
 def mean_rank(params: Params) -> float | None:

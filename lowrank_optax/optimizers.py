@@ -87,7 +87,7 @@ def lowrank_heavy_ball(
         rank=rank,
         move_ordinary=move_ordinary,
         ordinary=ordinary,
-        stack_kernels=mask is None,
+        stack=_stack(mask, ordinary),
     )
 
 
@@ -167,7 +167,7 @@ def lowrank_adam(
         rank=rank,
         move_ordinary=move_ordinary,
         ordinary=ordinary,
-        stack_kernels=mask is None,
+        stack=_stack(mask, ordinary),
     )
 
 
@@ -257,6 +257,7 @@ def lowrank_muon(
     retraction: Retraction = "svd",
     rank: RankPolicy | None = None,
     move_ordinary: bool = False,
+    ordinary: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Low-rank Muon: the momentum of a kernel is orthogonalised before it is applied.
 
@@ -268,7 +269,7 @@ def lowrank_muon(
     vector, at the cost of r x r products; with tangent momentum the part of it outside the tangent space is dropped.
     The polar factor is approximated by Newton-Schulz.
 
-    Ordinary leaves (embeddings, head, norms, biases) are trained by AdamW.
+    Ordinary leaves (embeddings, head, norms, biases) are trained by AdamW, or by `ordinary`.
 
     Args:
       learning_rate: step size h, the spectral norm of a step of X for kernels with m >= n. Begin at that of
@@ -289,6 +290,7 @@ def lowrank_muon(
       retraction: "svd" or "bug".
       rank: rank policy; None keeps ranks.
       move_ordinary: whether ordinary leaves move on the augmenting call of a galerkin loop.
+      ordinary: transformation for ordinary leaves; default AdamW with the options `adam_*`.
 
     Returns:
       An Optax transformation. State of a kernel: r (m + n) + r^2 numbers, or r^2 with `momentum="coefficient"`.
@@ -322,9 +324,16 @@ def lowrank_muon(
         retraction=retraction,
         rank=rank,
         move_ordinary=move_ordinary,
-        ordinary=adam,
-        stack_kernels=mask is None,
+        ordinary=adam if ordinary is None else ordinary,
+        stack=_stack(mask, ordinary),
     )
+
+
+def _stack(mask: Mask, ordinary: optax.GradientTransformation | None = None) -> Literal["kernels", "all"] | None:
+    """What the optimizers here treat alike. A mask may tell leaves apart, and so may a transformation that is given."""
+    if mask is not None:
+        return None
+    return "all" if ordinary is None else "kernels"
 
 
 def balanced_where_allowed(

@@ -27,7 +27,7 @@ SHAPES = {  # name -> layout; the first three flatten to the same shape
 
 def network(width: int = RANK) -> dict[str, Any]:
     rng = np.random.default_rng(0)
-    params: dict[str, Any] = {"bias": jnp.asarray(rng.standard_normal(8))}
+    params: dict[str, Any] = {name: jnp.asarray(rng.standard_normal(8)) for name in ("bias", "scale")}
     for name, layout in SHAPES.items():
         U, V = (
             np.stack([problems.orthonormal(rng, k, width) for _ in range(layout.slices)]) for k in (layout.m, layout.n)
@@ -39,7 +39,7 @@ def network(width: int = RANK) -> dict[str, Any]:
 
 
 def loss(params: dict[str, Any]) -> jax.Array:
-    total = jnp.sum(jnp.cos(params["bias"])).astype(jnp.float64)
+    total = (jnp.sum(jnp.cos(params["bias"])) + jnp.sum(params["scale"] ** 4)).astype(jnp.float64)
     for i, name in enumerate(SHAPES):
         W = params[name]["kernel"].to_dense()
         target = np.random.default_rng(i).standard_normal(W.shape)
@@ -61,16 +61,16 @@ def steps(tx: Any, params: Any, n: int = 5, **extra: Any) -> Any:
 
 def adam(**options: Any) -> Callable[[bool], Any]:
     inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.05, eps=1e-3, weight_decay=0.1))
-    return lambda stack: lro.fixed_rank(inner, **options, stack_kernels=stack)
+    return lambda stack: lro.fixed_rank(inner, **options, stack="all" if stack else None)
 
 
 def muon(**options: Any) -> Callable[[bool], Any]:
     inner = optax.chain(optax.trace(0.9), lro.orthogonalize(), optax.scale(-0.05))
-    return lambda stack: lro.fixed_rank(inner, ordinary=optax.adam(0.1), **options, stack_kernels=stack)
+    return lambda stack: lro.fixed_rank(inner, ordinary=optax.adam(0.1), **options, stack="all" if stack else None)
 
 
 def ball(**options: Any) -> Callable[[bool], Any]:
-    return lambda stack: lro.fixed_rank(optax.sgd(0.05, 0.9, nesterov=True), **options, stack_kernels=stack)
+    return lambda stack: lro.fixed_rank(optax.sgd(0.05, 0.9, nesterov=True), **options, stack="all" if stack else None)
 
 
 GALERKIN = {"gradient": "galerkin", "local_steps": 2}
@@ -160,15 +160,16 @@ def test_a_frozen_kernel_and_a_step_that_fails() -> None:
 
 def test_there_and_back() -> None:
     params, tx = network(), lro.lowrank_adam(0.1)
-    stacks = Stacks(optax.adam(0.1), Split(params), params)
+    stacks = Stacks(optax.adam(0.1), Split(params, vectors=True), params)
     tree = stacks.stack(params)
+    assert tree["bias"].shape == (2, 8) and tree["scale"] is None
     kernels = [x for x in jax.tree.leaves(tree, is_leaf=lro.is_lowrank) if lro.is_lowrank(x)]
     assert [W.shape for W in kernels] == [(3, 12, 8), (3, 12, 8)]
     back = stacks.unstack(tree)
     assert jax.tree.structure(back) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, back, params)
     _, state = steps(tx, params, 1)
-    again = Stacks(optax.adamw(0.1), Split(params), params)
+    again = Stacks(optax.adamw(0.1), Split(params, vectors=True), params)
     jax.tree.map(np.testing.assert_array_equal, again.unstack_state(again.stack_state(state)), state)
 
 
@@ -176,7 +177,7 @@ def test_the_program_hardly_grows_with_depth() -> None:
     def lines(kernels: int, stack: bool) -> int:
         keys = jax.random.split(jax.random.key(0), kernels)
         params = {str(i): lro.lowrank_init(4)(key, (40, 48), jnp.float32) for i, key in enumerate(keys)}
-        tx = lro.fixed_rank(optax.adamw(1e-2), momentum="balanced", stack_kernels=stack)
+        tx = lro.fixed_rank(optax.adamw(1e-2), momentum="balanced", stack="kernels" if stack else None)
         return len(jax.jit(tx.update).lower(params, tx.init(params), params).as_text().splitlines())
 
     # A kernel is put on a stack, one slice of it taken off; else each of three factors has an Adam of its own.

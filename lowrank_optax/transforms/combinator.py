@@ -49,7 +49,7 @@ def fixed_rank(
     ordinary: optax.GradientTransformation | None = None,
     move_ordinary: bool = False,
     second_moments: tuple[str, ...] = SECOND_MOMENTS,
-    stack_kernels: bool = False,
+    stack: Literal["kernels", "all"] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The low-rank counterpart of an Optax transformation.
 
@@ -106,11 +106,12 @@ def fixed_rank(
         the authors they do not. If they do, step counters inside `inner` advance on that call too.
       second_moments: names of the fields in the state of `inner` that hold squares; they are carried so
         that they stay non-negative, see above, all other mirrors linearly.
-      stack_kernels: give `inner` all kernels of equal shape as one with a batch axis, in the place of the first, and
-        `None` for the others. The compiled step then grows little with depth. Allowed where `inner` treats all kernels
-        alike, elementwise or through sums over all leaves (adam, lion, sgd, clipping by global norm), not with masks
-        that tell kernels apart or norms of single leaves (lamb). State and updates have the same structure. On a mesh
-        with explicit axes kernels are not stacked.
+      stack: "kernels" gives `inner` all kernels of equal shape as one with a batch axis, in the place of the first, and
+        `None` for the others; "all" does so with ordinary vectors (biases, scales) too. The compiled step then grows
+        little with depth. Allowed where all that is stacked is treated alike, elementwise or through sums over all
+        leaves (adam, lion, sgd, clipping by global norm), not with norms of single leaves (lamb) or masks that tell
+        kernels apart; with "all" also not with masks by path or number of axes. State and updates have the same
+        structure. On a mesh with explicit axes nothing is stacked.
 
     Returns:
       A transformation whose updates are `new - old` for every factor, so that `optax.apply_updates` lands on the
@@ -150,6 +151,7 @@ def fixed_rank(
         ("momentum", momentum, ("balanced", "tangent", "coefficient")),
         ("gradient", gradient, ("projected", "galerkin")),
         ("retraction", retraction, ("svd", "bug")),
+        ("stack", stack, (None, "kernels", "all")),
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
@@ -245,9 +247,9 @@ def fixed_rank(
 
         def step(updates: Any, state: FixedRankState, params: Any) -> tuple[Any, FixedRankState]:
             _check_state(method, split, state, params)
-            if not stack_kernels or place or not split:
+            if stack is None or place or not split:
                 return move(method, split, grad_fn, extra, updates, state, params)
-            stacks = Stacks(method.inner, split, params)
+            stacks = Stacks(method.inner, Split(params, vectors=stack == "all"), params)
             below = stacks.stack(params)
             at = grad_fn and (lambda p: stacks.stack(_working(grad_fn(stacks.unstack(p)), params)))
             grads, before = stacks.stack(_working(updates, params)), stacks.stack_state(state)

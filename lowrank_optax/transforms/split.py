@@ -26,8 +26,7 @@ class Split:
     """The kernels of a parameter tree in groups of equal shape, each group one stacked kernel.
 
     A network has many kernels of few shapes. One call for each shape, and not for each kernel, keeps the compiled
-    step small.
-
+    step small. With `vectors` ordinary vectors (biases, scales) are treated as kernels are.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -39,16 +38,19 @@ class Split:
       {'a': Array(0, dtype=int32), 'b': Array(1, dtype=int32), 'bias': 'c'}
     """
 
-    def __init__(self, params: Any):
+    def __init__(self, params: Any, vectors: bool = False):
         treedef: Any
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_kernel)
         groups: dict[Any, list[int]] = {}
         for i, leaf in enumerate(leaves):
             if is_kernel(leaf):
                 groups.setdefault(_key(leaf), []).append(i)
+            elif vectors and jnp.ndim(leaf) == 1:
+                groups.setdefault((jnp.shape(leaf), jnp.result_type(leaf), explicit.spec(leaf)), []).append(i)
         self._treedef = treedef
         self._groups = list(groups.values())
-        self._ordinary = [i for i, leaf in enumerate(leaves) if not is_kernel(leaf)]
+        grouped = {i for group in self._groups for i in group}
+        self._ordinary = [i for i in range(len(leaves)) if i not in grouped]
 
     def __bool__(self) -> bool:
         return bool(self._groups)
@@ -65,11 +67,14 @@ class Split:
 
     def stack(self, groups: list[list[Any]]) -> list[Any]:
         """Stacks the leaves of the equal trees of each group along a new first axis; one tree is left as it is."""
-        return [isolate(_stack, group) if len(group) > 1 else group[0] for group in groups]
+        return [isolate(_stack, group) if len(group) > 1 and _holds_arrays(group) else group[0] for group in groups]
 
     def unstack(self, trees: list[Any], sizes: list[int]) -> list[list[Any]]:
         """The inverse of `stack`."""
-        return [apart(tree, [()] * size) if size > 1 else [tree] for tree, size in zip(trees, sizes, strict=True)]
+        return [
+            apart(tree, [()] * size) if size > 1 and _holds_arrays(tree) else [tree] * size
+            for tree, size in zip(trees, sizes, strict=True)
+        ]
 
     def ordinary(self, tree: Any) -> list[Any]:
         """What `tree` holds at the other leaves."""
@@ -125,6 +130,11 @@ def _key(W: LowRank) -> Any:
     factors = W.U, W.S, W.V
     dtypes = (jnp.result_type(x) for x in factors)
     return math.prod(W.in_shape), math.prod(W.out_shape), W.S.shape, *dtypes, *map(explicit.spec, factors)
+
+
+def _holds_arrays(tree: Any) -> bool:
+    """False for what stands in the place of a leaf in some states: None, `optax.MaskedNode`."""
+    return bool(jax.tree.leaves(tree))
 
 
 def is_kernel(x: Any) -> bool:
