@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from lowrank_optax import linalg
 from lowrank_optax.linalg import transpose
 from lowrank_optax.lowrank import LowRank
-from lowrank_optax.xla import isolate, together
+from lowrank_optax.xla import apply_if, isolate, together
 
 
 class Columns(NamedTuple):
@@ -88,7 +88,10 @@ def gradient(W: LowRank, grads: LowRank, c: Columns) -> LowRank:
 @jax.jit
 @linalg.precise
 def _gradient(W: LowRank, grads: LowRank, c: Columns) -> LowRank:
-    b = grads.V * c.inverse + W.V @ (transpose(grads.S) * c.fresh)
+    def begin(b: jax.Array) -> jax.Array:
+        return b + W.V @ (transpose(grads.S) * c.fresh)
+
+    b = apply_if(jnp.any(c.fresh > 0), begin, grads.V * c.inverse)
     return LowRank(grads.U * c.inverse, jnp.zeros_like(grads.S), b)
 
 

@@ -171,6 +171,11 @@ def _project(W: LowRank, g: LowRank, k: KernelState) -> LowRank:
     return mf.project(W, g, linalg.leading(k.rank, W.rank))
 
 
+def _sound(new: Kernels, norms: list[jax.Array]) -> jax.Array:
+    """Whether a step is finite: NaN in a basis or a tangent vector is NaN in S or the norm."""
+    return linalg.all_finite(([W.S for W in new], norms))
+
+
 def _trimmed(Ws: list[LowRank], ks: list[KernelState]) -> list[LowRank]:
     return [mf.trim(W, linalg.leading(k.rank, W.rank)) for W, k in zip(Ws, ks, strict=True)]
 
@@ -271,7 +276,7 @@ def coefficient_step(
     norms = [mf.norm(xi) for xi in xis]
     new, states, changes = _finish(method, Ws, frames, ys, ks, norms)
     inner_state, finite = method.carry(inner_state, split, changes)
-    finite &= point.finite & linalg.all_finite((new, norms))
+    finite &= point.finite & _sound(new, norms)
     return Point(split.merge(new, updates), _states(split, states), inner_state, finite)
 
 
@@ -296,7 +301,7 @@ def tangent_step(method: Method, split: Split, point: Point, grads: Any, extra: 
     new, states, _ = _finish(method, Ws, frames, ys, ks, norms)
     changes = list(map(transport_change, _trimmed(Ws, ks), _trimmed(new, states)))
     inner_state, finite = method.carry(inner_state, split, changes)
-    finite &= point.finite & linalg.all_finite((new, norms))
+    finite &= point.finite & _sound(new, norms)
     return Point(split.merge(new, split.ordinary(steps)), _states(split, states), inner_state, finite)
 
 
@@ -323,7 +328,7 @@ def balanced_step(method: Method, split: Split, point: Point, grads: Any, extra:
     changes = [turn_change(x.x, x.y) for x in moved]
     new = [x.kernel for x in moved]
     inner_state, finite = method.carry(inner_state, split, changes)
-    finite &= point.finite & linalg.all_finite((new, [k.gradient_norm for k in states]))
+    finite &= point.finite & _sound(new, norms)
     return Point(split.merge(new, split.ordinary(steps)), _states(split, states), inner_state, finite)
 
 
@@ -357,7 +362,7 @@ def augment_step(
         states.append(k._replace(gradient_norm=mf.norm(xi)))
         changes.append(coefficient_change(frame.left, frame.right))
     inner_state, finite = method.carry(inner_state, split, changes)
-    finite &= point.finite & linalg.all_finite((new, [k.gradient_norm for k in states]))
+    finite &= point.finite & _sound(new, [k.gradient_norm for k in states])
     return Point(split.merge(new, updates), _states(split, states), inner_state, finite)
 
 
