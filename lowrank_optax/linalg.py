@@ -189,11 +189,10 @@ def _extend(bases: list[jax.Array], xs: list[jax.Array]) -> list[Extension]:
         sound = ok[..., None, None]
         upper = jnp.where(sound, upper * d[..., None, :], eye)
         inverse = jnp.where(sound, inverse / d[..., :, None], eye)
-        c = jnp.where(sound, p.c, 0.0)
-        parts = zip(bases, p.ys, apart((inverse, c @ inverse), batches), strict=True)
+        parts = zip(bases, p.ys, apart((inverse, p.c @ inverse), batches), strict=True)
         ys = [y @ inverse - basis @ c for basis, y, (inverse, c) in parts]
         shift = jnp.where(ok, p.shift, 100 * p.shift)
-        return _Pass(ys, *products(ys), p.in_basis + c @ p.in_y, upper @ p.in_y, shift, p.passes + 1)
+        return _Pass(ys, *products(ys), p.in_basis + p.c @ p.in_y, upper @ p.in_y, shift, p.passes + 1)
 
     ys, tops = map(list, zip(*map(start, xs), strict=True))
     c, gram = products(ys)

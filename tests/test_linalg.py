@@ -143,6 +143,14 @@ def test_extend_is_orthonormal_and_holds_u_and_x_whatever_the_rank(rows: int, dt
     np.testing.assert_array_equal(np.where(np.all(x == 0, axis=-2, keepdims=True), x_part, 0), 0)
 
 
+def test_where_passes_do_not_end_there_is_no_basis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With factorisations that improve nothing the columns stay dependent: NaN, not columns that are no basis."""
+    monkeypatch.setattr(linalg, "cholesky", lambda x: (0 * x + linalg.diagonal(jnp.ones(x.shape[:-1])),) * 2)
+    u, x = jnp.eye(8)[:, :2], jnp.ones((8, 2))
+    (e,) = linalg.extend([u], [x])
+    assert np.all(np.isnan(e.mix)) and np.all(np.isnan(e.x))
+
+
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 8])
 def test_small_bases_are_completed_from_nothing(size: int) -> None:
     """The columns put in the place of zeros are independent, of each other and of what is there, in few rows too."""
