@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.xla import apart, isolate, join
+from lowrank_optax.xla import alike, apart, isolate, join
 
 # A decorator. Accelerators multiply float32 as bfloat16 or TF32 unless told otherwise, and 1e-3 of W would be lost in
 # every step.
@@ -85,7 +85,7 @@ def orthonormalize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
       Q of shape `(..., m, min(m, k))` and R of shape `(..., min(m, k), k)`.
     """
     q, r = _each_matrix(lambda y: tuple(jnp.linalg.qr(y, mode="reduced")), x)
-    sign = signs(diag_part(r[..., : q.shape[-1]]))[..., : q.shape[-1]]
+    sign = signs(diag_part(r[..., : q.shape[-1]]))
     return q * sign[..., None, :], r * sign[..., :, None]
 
 
@@ -128,7 +128,7 @@ def extend(bases: Sequence[jax.Array], xs: Sequence[jax.Array]) -> list[Extensio
     precision. Passes go on until every Y is orthonormal up to a half, one in most steps; a last Cholesky factorisation,
     of the Gram matrix of [U, Y], gives K. All that touches m rows is a matrix product: fast on accelerators, batched,
     and over sharded rows nothing but k x k sums is communicated. All matrices of equal r and k are factorised in one
-    batch, whatever their m.
+    batch, whatever their m, see `xla.together`.
 
     The result is that of `orthonormalize` of [U, X], to rounding in the size of each column, whatever the rank of X:
     first a fixed pseudo-random matrix of rounding size is added, which makes the columns independent, and put in
@@ -147,10 +147,11 @@ def extend(bases: Sequence[jax.Array], xs: Sequence[jax.Array]) -> list[Extensio
       ill-conditioned matrices <https://arxiv.org/abs/1809.11085>`_, 2020; with the block Gram-Schmidt of Carson, Lund,
       Rozložník, Thomas, `arXiv:2010.12058 <https://arxiv.org/abs/2010.12058>`_, 2022, section 2.
     """
-    sizes = [(basis.shape[-1], x.shape[-1], x.dtype) for basis, x in zip(bases, xs, strict=True)]
-    results: list[Any] = [None] * len(sizes)
-    for size in dict.fromkeys(sizes):
-        indices = [i for i, other in enumerate(sizes) if other == size]
+    small = [
+        jax.eval_shape(lambda u, x: (transpose(u) @ x, transpose(x) @ x), *pair) for pair in zip(bases, xs, strict=True)
+    ]
+    results: list[Any] = [None] * len(small)
+    for indices in alike(small):
         extensions = _extend([bases[i] for i in indices], [xs[i] for i in indices])
         for i, extension in zip(indices, extensions, strict=True):
             results[i] = extension
@@ -158,8 +159,11 @@ def extend(bases: Sequence[jax.Array], xs: Sequence[jax.Array]) -> list[Extensio
 
 
 def _extend(bases: list[jax.Array], xs: list[jax.Array]) -> list[Extension]:
-    """`extend` for matrices of equal r and k."""
-    k, eps, batches = xs[0].shape[-1], float(jnp.finfo(xs[0].dtype).eps), [x.shape[:-2] for x in xs]
+    """`extend` for matrices of equal r and k, and of equal batch axes but for the first."""
+    k, eps = xs[0].shape[-1], float(jnp.finfo(xs[0].dtype).eps)
+
+    def split(tree: Any) -> list[Any]:
+        return apart(tree, [x.shape[:1] for x in xs]) if len(xs) > 1 else [tree]
 
     def start(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         top = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
@@ -189,7 +193,7 @@ def _extend(bases: list[jax.Array], xs: list[jax.Array]) -> list[Extension]:
         sound = ok[..., None, None]
         upper = jnp.where(sound, upper * d[..., None, :], eye)
         inverse = jnp.where(sound, inverse / d[..., :, None], eye)
-        parts = zip(bases, p.ys, apart((inverse, p.c @ inverse), batches), strict=True)
+        parts = zip(bases, p.ys, split((inverse, p.c @ inverse)), strict=True)
         ys = [y @ inverse - basis @ c for basis, y, (inverse, c) in parts]
         shift = jnp.where(ok, p.shift, 100 * p.shift)
         return _Pass(ys, *products(ys), p.in_basis + p.c @ p.in_y, upper @ p.in_y, shift, p.passes + 1)
@@ -198,7 +202,7 @@ def _extend(bases: list[jax.Array], xs: list[jax.Array]) -> list[Extension]:
     c, gram = products(ys)
     top = join(tops)
     eye = jnp.broadcast_to(jnp.eye(k, dtype=gram.dtype), gram.shape)
-    shift = jnp.full(gram.shape[:1], k * eps, gram.dtype)
+    shift = jnp.full(gram.shape[:-2], k * eps, gram.dtype)
     p = _Pass(ys, c, gram, jnp.zeros_like(c), eye, shift, jnp.zeros((), jnp.int32))
     p = jax.lax.while_loop(lambda p: (p.passes < 8) & oblique(p), improve, p)  # Five is the most that was seen.
     above = jnp.concatenate([join([transpose(basis) @ basis for basis in bases]), p.c], axis=-1)
@@ -206,7 +210,7 @@ def _extend(bases: list[jax.Array], xs: list[jax.Array]) -> list[Extension]:
     # NaN rather than a basis that is none.
     upper, mix = cholesky(jnp.where(oblique(p), jnp.nan, jnp.concatenate([above, below], axis=-2)))
     coordinates = upper @ jnp.concatenate([p.in_basis, p.in_y], axis=-2) * top
-    parts = apart((mix, upper[..., : c.shape[-2]], coordinates), batches)
+    parts = split((mix, upper[..., : c.shape[-2]], coordinates))
     return [Extension(y, *part) for y, part in zip(p.ys, parts, strict=True)]
 
 

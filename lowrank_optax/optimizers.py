@@ -388,7 +388,7 @@ def orthogonalize(ns_steps: int = 5) -> optax.GradientTransformationExtraArgs:
 def _polar(xi: LowRank, steps: int, scale: float) -> LowRank:
     """The tangent part of the polar factor of a horizontal triple, through its 2r x 2r coefficient matrix."""
     r = xi.rank
-    (u, ru), (v, rv) = linalg.gram_qr([xi.U, xi.V])
+    ((u, ru),), ((v, rv),) = linalg.gram_qr([xi.U]), linalg.gram_qr([xi.V])  # Batch axes may be sharded.
     zero = jnp.zeros((*xi.batch_shape, ru.shape[-2], rv.shape[-2]), xi.S.dtype)
     top = jnp.concatenate([xi.S, linalg.transpose(rv)], axis=-1)
     y = jnp.concatenate([top, jnp.concatenate([ru, zero], axis=-1)], axis=-2)

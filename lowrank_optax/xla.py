@@ -16,43 +16,51 @@ def together(f: Callable[..., Any], *columns: Sequence[Any]) -> list[Any]:
     """`[f(*row) for row in zip(*columns)]`, where rows of equal matrices are one call on a batch.
 
     A small matrix costs the compiler as much as a large one: all decompositions of one size are one piece of code.
+    They go together along the first axis, on which the members of a group lie; other batch axes may be sharded. What
+    has no batch axis goes alone.
 
     Args:
       f: function of matrices with any number of leading batch axes, which its results have too.
-      *columns: as many arrays, or trees of arrays, in each as there are calls.
+      *columns: as many arrays `(n, batch..., a, b)`, or trees of arrays, in each as there are calls.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> [x.shape for x in together(jnp.linalg.inv, [jnp.eye(2), jnp.ones((3, 2, 2)) + jnp.eye(2)])]
-      [(2, 2), (3, 2, 2)]
+      >>> eyes = [jnp.stack([jnp.eye(2)] * 2), jnp.eye(2)[None]]
+      >>> [x.shape for x in together(jnp.linalg.inv, eyes)]
+      [(2, 2, 2), (1, 2, 2)]
     """
     rows = list(zip(*columns, strict=True))
-    groups: dict[Any, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(tuple((x.shape[-2:], x.dtype) for x in jax.tree.leaves(row)), []).append(i)
     results: list[Any] = [None] * len(rows)
-    for indices in groups.values():
-        if len(indices) == 1:
-            results[indices[0]] = f(*rows[indices[0]])
-            continue
+    for indices in alike(rows):
         members = [rows[i] for i in indices]
-        batches = [jax.tree.leaves(row)[0].shape[:-2] for row in members]
-        for i, y in zip(indices, apart(f(*join(members)), batches), strict=True):
+        if len(members) == 1:
+            results[indices[0]] = f(*members[0])
+            continue
+        sizes = [jax.tree.leaves(row)[0].shape[:1] for row in members]
+        for i, y in zip(indices, apart(f(*join(members)), sizes), strict=True):
             results[i] = y
     return results
 
 
+def alike(trees: Sequence[Any]) -> list[list[int]]:
+    """The positions of trees in groups that `join` takes: equal but for the first axis of arrays with batch axes."""
+    groups: dict[Any, list[int]] = {}
+    for i, tree in enumerate(trees):
+        leaves = jax.tree.leaves(tree)
+        alone = i if any(x.ndim == 2 for x in leaves) else None
+        groups.setdefault((alone, *((x.shape[1:], x.dtype) for x in leaves)), []).append(i)
+    return list(groups.values())
+
+
 def join(trees: Sequence[Any]) -> Any:
-    """One tree of `(N, a, b)` from equal trees of `(batch..., a, b)`, all their batches after each other."""
-
-    def one(*xs: jax.Array) -> jax.Array:
-        return jnp.concatenate([x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]) for x in xs])
-
-    return jax.tree.map(one, *trees)
+    """One tree from equal trees of arrays, after each other along their first axis."""
+    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *trees)
 
 
 def apart(tree: Any, batches: Sequence[tuple[int, ...]]) -> list[Any]:
     """The inverse of `join`: trees of `(batch..., any...)` from one of `(N, any...)`."""
+    if len(batches) == 1:
+        return [jax.tree.map(lambda x: x.reshape(*batches[0], *x.shape[1:]), tree)]
     starts = [sum(map(math.prod, batches[:i])) for i in range(len(batches))]
     # Behind a barrier the positions stay values, so that all slices of one shape are the same compiled code.
     # Without a sign they need no code that counts negative ones from the end.

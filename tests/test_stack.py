@@ -164,7 +164,7 @@ def test_there_and_back() -> None:
     tree = stacks.stack(params)
     assert tree["bias"].shape == (2, 8) and tree["scale"] is None
     kernels = [x for x in jax.tree.leaves(tree, is_leaf=lro.is_lowrank) if lro.is_lowrank(x)]
-    assert [W.shape for W in kernels] == [(3, 12, 8), (3, 12, 8)]
+    assert [W.shape for W in kernels] == [(3, 12, 8), (1, 3, 12, 8)]
     back = stacks.unstack(tree)
     assert jax.tree.structure(back) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, back, params)

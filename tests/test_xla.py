@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from lowrank_optax import linalg
-from lowrank_optax.xla import apart, apply_if, isolate, join, together
+from lowrank_optax.xla import alike, apart, apply_if, isolate, join, together
 
-BATCHES: list[tuple[int, ...]] = [(), (3,), (2, 5), (1,), (0,)]
+BATCHES: list[tuple[int, ...]] = [(), (3,), (2, 5), (1,), (0,), (4, 5)]
 
 
 def matrices(m: int = 4, n: int = 3) -> list[jax.Array]:
@@ -30,7 +30,7 @@ def test_together_is_one_by_one_with_one_call_a_shape() -> None:
         return {"matrix": x * weight, "vector": x[..., 0, :], "number": x.sum((-2, -1)), "bool": x > 0}
 
     results = together(f, xs, weights)
-    assert calls == [(15, 4, 3), (15, 5, 3), (4, 3)]
+    assert calls == [s for m in (4, 5) for s in ((m, 3), (4, m, 3), (6, 5, m, 3))] + [(4, 3)]
     for x, weight, result in zip(xs, weights, results, strict=True):
         expected = f(x, weight)
         assert jax.tree.map(lambda y: (y.shape, y.dtype), result) == jax.tree.map(
@@ -47,8 +47,12 @@ def test_together_of_trees_and_of_nothing() -> None:
 
 
 def test_apart_is_the_inverse_of_join() -> None:
-    trees = [{"x": x, "y": -x} for x in matrices()]
-    jax.tree.map(np.testing.assert_array_equal, apart(join(trees), BATCHES), trees)
+    groups = [(4, 2), (1, 2), (0, 2)]
+    trees = [{"x": jnp.full((*shape, 3), 1.0 + i), "y": jnp.ones(shape[:1]) * i} for i, shape in enumerate(groups)]
+    assert alike([*trees, {"x": jnp.ones((4, 2)), "y": jnp.ones(4)}]) == [[0, 1, 2], [3]]
+    jax.tree.map(np.testing.assert_array_equal, apart(join(trees), [(4,), (1,), (0,)]), trees)
+    flat = [jax.tree.map(lambda x: x[0], trees[1]), trees[0]]
+    jax.tree.map(np.testing.assert_array_equal, apart(join([trees[1], trees[0]]), [(), (4,)]), flat)
 
 
 @pytest.mark.parametrize("when", [False, True])
@@ -70,11 +74,11 @@ def test_bases_of_any_height_are_extended_together() -> None:
     """The one that needs several passes does not change what comes of the others."""
     rng = np.random.default_rng(1)
     bases, xs = [], []
-    for batch, rows, condition in (((2,), 9, 1.0), ((), 20, 1e9), ((3, 2), 6, 1e3)):
+    for batch, rows, condition in (((2,), 9, 1.0), ((1,), 20, 1e9), ((3, 2), 6, 1e3), ((3,), 6, 1e3), ((), 7, 1.0)):
         u = np.linalg.qr(rng.standard_normal((*batch, rows, 3)))[0]
         bases.append(jnp.asarray(u))
         xs.append(jnp.asarray(rng.standard_normal((*batch, rows, 3)) * np.geomspace(1, 1 / condition, 3)))
-    xs[1] = xs[1].at[:, 1].set(xs[1][:, 0] + xs[1][:, 2])
+    xs[1] = xs[1].at[..., 1].set(xs[1][..., 0] + xs[1][..., 2])
     for basis, x, e in zip(bases, xs, linalg.extend(bases, xs), strict=True):
         q = np.concatenate([basis, e.block], axis=-1) @ e.mix
         np.testing.assert_allclose(

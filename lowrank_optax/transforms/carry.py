@@ -172,7 +172,7 @@ def carry(
             arrays = changes[group].arrays
             if len(indices) < sizes[group]:  # Some kernels of the group are masked out.
                 members = [slots[i][0].member for i in indices]
-                arrays = jax.tree.map(lambda x: x[np.squeeze(members)], arrays)  # noqa: B023
+                arrays = jax.tree.map(lambda x: x[np.array(members)], arrays)  # noqa: B023
             moved.append(changes[group].apply(arrays, stacked, squared))
         apart = split.unstack(moved, [len(indices) for indices in batches.values()])
         order = [i for indices in batches.values() for i in indices]

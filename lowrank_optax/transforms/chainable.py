@@ -108,13 +108,15 @@ def retract(method: Literal["svd", "bug"] = "svd") -> optax.GradientTransformati
         C, p, q, active = _canonical(W)
         x = mf.rotate_tangent(flatten(xi.astype(C.U.dtype)), p, q)
         x = mf.make_horizontal(C, x, active)
+        # The group of one that `augment` expects: its own batch axes may be sharded.
+        C, x, active = jax.tree.map(lambda y: y[None], (C, x, active))
         rank = jnp.sum(active, axis=-1, dtype=jnp.int32)
         (frame,) = mf.augment([C], [x], [rank], times=2)
         left, right = frame.left, frame.right
         y = mf.congruence(C.S, left, right) + mf.coefficients(x.S, left, right, frame.left_new, frame.right_new)
         point = mf.retract_bug(y, left, right, active) if method == "bug" else mf.retract_svd(y, W.rank)
-        new = unflatten(mf.assemble(frame, mf.align(point, left), rank), W)
-        new = cast_like(new, W)
+        new = jax.tree.map(lambda y: y[0], mf.assemble(frame, mf.align(point, left), rank))
+        new = cast_like(unflatten(new, W), W)
         return LowRank(new.U - W.U, new.S - W.S, new.V - W.V)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:

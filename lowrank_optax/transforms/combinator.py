@@ -254,7 +254,9 @@ def fixed_rank(
             at = grad_fn and (lambda p: stacks.stack(_working(grad_fn(stacks.unstack(p)), params)))
             grads, before = stacks.stack(_working(updates, params)), stacks.stack_state(state)
             stacked = {**extra, "kernels": below}
-            updates, state = move(method_for(below, place), Split(below), at, stacked, grads, before, below)
+            updates, state = move(
+                method_for(below, place), Split(below, stacked=True), at, stacked, grads, before, below
+            )
             return stacks.unstack(updates), stacks.unstack_state(state)
 
         return place.auto(step, updates, state, params, like=(params, state))

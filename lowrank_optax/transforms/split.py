@@ -26,7 +26,8 @@ class Split:
     """The kernels of a parameter tree in groups of equal shape, each group one stacked kernel.
 
     A network has many kernels of few shapes. One call for each shape, and not for each kernel, keeps the compiled
-    step small. With `vectors` ordinary vectors (biases, scales) are treated as kernels are.
+    step small. With `vectors` ordinary vectors (biases, scales) are treated as kernels are. Kernels of a tree that is
+    `stacked` have the axis of their group already, and each is a group.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -38,16 +39,16 @@ class Split:
       {'a': Array(0, dtype=int32), 'b': Array(1, dtype=int32), 'bias': 'c'}
     """
 
-    def __init__(self, params: Any, vectors: bool = False):
+    def __init__(self, params: Any, vectors: bool = False, stacked: bool = False):
         treedef: Any
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_kernel)
         groups: dict[Any, list[int]] = {}
         for i, leaf in enumerate(leaves):
             if is_kernel(leaf):
-                groups.setdefault(_key(leaf), []).append(i)
+                groups.setdefault(i if stacked else _key(leaf), []).append(i)
             elif vectors and jnp.ndim(leaf) == 1:
                 groups.setdefault((jnp.shape(leaf), jnp.result_type(leaf), explicit.spec(leaf)), []).append(i)
-        self._treedef = treedef
+        self._treedef, self._stacked = treedef, stacked
         self._groups = list(groups.values())
         grouped = {i for group in self._groups for i in group}
         self._ordinary = [i for i in range(len(leaves)) if i not in grouped]
@@ -61,18 +62,24 @@ class Split:
         return [leaves[i] for group in self._groups for i in group]
 
     def kernels(self, tree: Any) -> list[Any]:
-        """What `tree` holds at the kernels, stacked group by group; a group of one is not stacked."""
+        """What `tree` holds at the kernels, stacked group by group."""
         leaves = self._treedef.flatten_up_to(tree)
         return self.stack([[leaves[i] for i in group] for group in self._groups])
 
     def stack(self, groups: list[list[Any]]) -> list[Any]:
-        """Stacks the leaves of the equal trees of each group along a new first axis; one tree is left as it is."""
-        return [isolate(_stack, group) if len(group) > 1 and _holds_arrays(group) else group[0] for group in groups]
+        """Stacks the leaves of the equal trees of each group along a new first axis."""
+        if self._stacked:
+            return [tree for (tree,) in groups]
+        return [
+            isolate(_stack, group) if len(group) > 1 and _holds_arrays(group) else _alone(group[0]) for group in groups
+        ]
 
     def unstack(self, trees: list[Any], sizes: list[int]) -> list[list[Any]]:
         """The inverse of `stack`."""
+        if self._stacked:
+            return [[tree] for tree in trees]
         return [
-            apart(tree, [()] * size) if size > 1 and _holds_arrays(tree) else [tree] * size
+            apart(tree, [()] * size) if _holds_arrays(tree) else [tree] * size
             for tree, size in zip(trees, sizes, strict=True)
         ]
 
@@ -140,6 +147,10 @@ def _holds_arrays(tree: Any) -> bool:
 def is_kernel(x: Any) -> bool:
     """True for a `LowRank` of arrays. One of `optax.MaskedNode`, which a mask leaves behind, is no kernel."""
     return is_lowrank(x) and not any(isinstance(y, optax.MaskedNode) for y in (x.U, x.S, x.V))
+
+
+def _alone(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.lax.expand_dims(x, (0,)), tree)
 
 
 @jax.jit  # traced once for each shape
