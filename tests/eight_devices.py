@@ -177,6 +177,23 @@ def test_training_step_sends_gradients_of_factors():
     assert sum(c.bytes for c in sharded) <= 4 * (2 * factors + activations) + own
 
 
+@pytest.mark.parametrize("name", ["adam", "adam-balanced", "adam-tangent"])
+def test_layers_on_a_mesh_axis_stay_there(name):
+    """Kernels of two shapes are decomposed together: on CPU LAPACK gathers r x r matrices, and no rows move."""
+    layers, r, tx = 8, 4, d.OPTIMIZERS[name]()
+    params = {
+        str(n): lro.LowRank(*(jax.ShapeDtypeStruct((layers, k, r), jnp.float32) for k in (512, r, n)))
+        for n in (384, 640)
+    }
+    mesh, specs = jax.make_mesh((layers,), ("layers",), (AxisType.Auto,)), jax.tree.map(lambda x: P("layers"), params)
+    state = jax.eval_shape(tx.init, params)
+    here = d.shardings(mesh, specs), d.shardings(mesh, lro.state_specs(state, params, specs))
+    update = jax.jit(tx.update, in_shardings=(here[0], here[1], here[0]), out_shardings=here)
+    found = collectives(update.lower(params, state, params).compile())
+    assert {c.kind for c in found} == {"all-gather", "all-reduce"}
+    assert max(c.largest for c in found) <= 2 * 2 * layers * (2 * r) ** 2  # two kernels, U and V
+
+
 SWAPPED = {"in": P("fsdp", "tensor"), "out": P("tensor", "fsdp")}
 
 
