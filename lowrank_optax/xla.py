@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -61,7 +62,7 @@ def apart(tree: Any, batches: Sequence[tuple[int, ...]]) -> list[Any]:
     """The inverse of `join`: trees of `(batch..., any...)` from one of `(N, any...)`."""
     if len(batches) == 1:
         return [jax.tree.map(lambda x: x.reshape(*batches[0], *x.shape[1:]), tree)]
-    starts = [sum(map(math.prod, batches[:i])) for i in range(len(batches))]
+    starts = itertools.accumulate(map(math.prod, batches[:-1]), initial=0)
     # Behind a barrier the positions stay values, so that all slices of one shape are the same compiled code.
     # Without a sign they need no code that counts negative ones from the end.
     positions = jax.lax.optimization_barrier([jnp.uint32(start) for start in starts])
