@@ -81,7 +81,7 @@ def collectives(compiled: Any, worst: bool = False) -> list[Collective]:
             elif called := _CALLED.search(line):
                 trips = _TRIPS.search(line)
                 often = int(trips[1]) if trips else 1
-                # A loop in the place of a branch, see `lowrank_optax.linalg.apply_if`, usually does not run.
+                # A loop in the place of a branch, see `lowrank_optax.xla.apply_if`, usually does not run.
                 found += walk(called[1]) * (often if worst or "/apply_if/while" not in line else 0)
         return found
 
