@@ -177,7 +177,7 @@ def test_training_step_sends_gradients_of_factors():
     assert sum(c.bytes for c in sharded) <= 4 * (2 * factors + activations) + own
 
 
-@pytest.mark.parametrize("name", ["adam", "adam-balanced", "adam-tangent"])
+@pytest.mark.parametrize("name", ["adam", "adam-balanced"])
 def test_layers_on_a_mesh_axis_stay_there(name):
     """Kernels of two shapes are decomposed together: on CPU LAPACK gathers r x r matrices, and no rows move."""
     layers, r, tx = 8, 4, d.OPTIMIZERS[name]()

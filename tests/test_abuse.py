@@ -452,12 +452,11 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("rate", [np.inf, np.nan])
 @pytest.mark.parametrize("momentum", ["balanced", "tangent", "coefficient"])
-def test_an_infinite_step_size_changes_nothing(momentum: Any, rate: float) -> None:
+def test_an_infinite_step_size_changes_nothing(momentum: Any) -> None:
     """Gradients are finite and there are no moments: only the new kernel tells."""
     W = lro.lowrank_init(3)(jax.random.key(0), (9, 8))
-    tx = lro.fixed_rank(optax.scale(-rate), momentum=momentum)
+    tx = lro.fixed_rank(optax.scale(-np.inf), momentum=momentum)
     updates, state = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, W), tx.init(W), W)
     assert int(state.notfinite_count) == 1 and not any(np.any(x) for x in jax.tree.leaves(updates))
 
