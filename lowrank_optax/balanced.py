@@ -163,9 +163,8 @@ def rebalance(
         x, y = transpose(rb) @ q, transpose(ra) @ p
         # New columns point along the old ones: a small step is a small change of U, V and of the moments.
         sign = linalg.signs(linalg.diag_part(y))[..., None, :]
-        kept = active[..., 0, :]
-        s = linalg.diagonal(jnp.where(kept, sigma, 0.0))
-        return p * sign, q * sign, s, _unit(x * sign, kept), _unit(y * sign, kept)
+        s = linalg.diagonal(jnp.where(active[..., 0, :], sigma, 0.0))
+        return p * sign, q * sign, s, _unit(x * sign, active), _unit(y * sign, active)
 
     turns = together(turn, [e.x for e in left], [e.x for e in right], actives)
     return [
@@ -175,7 +174,7 @@ def rebalance(
 
 
 def _unit(x: jax.Array, active: jax.Array) -> jax.Array:
-    """The active columns scaled to norm 1; zero columns and the rest are zero."""
+    """The active columns, a mask `(batch..., 1, r)`, scaled to norm 1; zero columns and the rest are zero."""
     top = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
-    x = jnp.where(active[..., None, :] & (top > 0), x / jnp.where(top > 0, top, 1.0), 0.0)
+    x = jnp.where(active & (top > 0), x / jnp.where(top > 0, top, 1.0), 0.0)
     return x / jnp.maximum(jnp.sqrt(jnp.sum(x * x, axis=-2, keepdims=True)), 1.0)

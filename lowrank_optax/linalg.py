@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.xla import alike, apart, isolate, join
+from lowrank_optax.xla import apart, in_groups, isolate, join
 
 # A decorator. Accelerators multiply float32 as bfloat16 or TF32 unless told otherwise, and 1e-3 of W would be lost in
 # every step.
@@ -147,15 +147,9 @@ def extend(bases: Sequence[jax.Array], xs: Sequence[jax.Array]) -> list[Extensio
       ill-conditioned matrices <https://arxiv.org/abs/1809.11085>`_, 2020; with the block Gram-Schmidt of Carson, Lund,
       Rozložník, Thomas, `arXiv:2010.12058 <https://arxiv.org/abs/2010.12058>`_, 2022, section 2.
     """
-    small = [
-        jax.eval_shape(lambda u, x: (transpose(u) @ x, transpose(x) @ x), *pair) for pair in zip(bases, xs, strict=True)
-    ]
-    results: list[Any] = [None] * len(small)
-    for indices in alike(small):
-        extensions = _extend([bases[i] for i in indices], [xs[i] for i in indices])
-        for i, extension in zip(indices, extensions, strict=True):
-            results[i] = extension
-    return results
+    pairs = list(zip(bases, xs, strict=True))
+    small = [jax.eval_shape(lambda u, x: (transpose(u) @ x, transpose(x) @ x), *pair) for pair in pairs]
+    return in_groups(lambda group: _extend(*map(list, zip(*group, strict=True))), pairs, small)
 
 
 def _extend(bases: list[jax.Array], xs: list[jax.Array]) -> list[Extension]:

@@ -30,15 +30,21 @@ def together(f: Callable[..., Any], *columns: Sequence[Any]) -> list[Any]:
       >>> [x.shape for x in together(jnp.linalg.inv, eyes)]
       [(2, 2, 2), (1, 2, 2)]
     """
-    rows = list(zip(*columns, strict=True))
-    results: list[Any] = [None] * len(rows)
-    for indices in alike(rows):
-        members = [rows[i] for i in indices]
+
+    def batch(members: list[Any]) -> list[Any]:
         if len(members) == 1:
-            results[indices[0]] = f(*members[0])
-            continue
-        sizes = [jax.tree.leaves(row)[0].shape[:1] for row in members]
-        for i, y in zip(indices, apart(f(*join(members)), sizes), strict=True):
+            return [f(*members[0])]
+        return apart(f(*join(members)), [jax.tree.leaves(row)[0].shape[:1] for row in members])
+
+    rows = list(zip(*columns, strict=True))
+    return in_groups(batch, rows, rows)
+
+
+def in_groups(f: Callable[[list[Any]], list[Any]], rows: Sequence[Any], trees: Sequence[Any]) -> list[Any]:
+    """The results, in the order of the rows, of `f(members)` for each group of rows whose trees are `alike`."""
+    results: list[Any] = [None] * len(rows)
+    for indices in alike(trees):
+        for i, y in zip(indices, f([rows[i] for i in indices]), strict=True):
             results[i] = y
     return results
 

@@ -47,7 +47,7 @@ class Split:
             if is_kernel(leaf):
                 groups.setdefault(i if stacked else _key(leaf), []).append(i)
             elif vectors and jnp.ndim(leaf) == 1:
-                groups.setdefault((jnp.shape(leaf), jnp.result_type(leaf), explicit.spec(leaf)), []).append(i)
+                groups.setdefault((jnp.shape(leaf), jnp.result_type(leaf)), []).append(i)
         self._treedef, self._stacked = treedef, stacked
         self._groups = list(groups.values())
         grouped = {i for group in self._groups for i in group}
