@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
@@ -145,13 +146,13 @@ def cast_like(W: LowRank, like: LowRank) -> LowRank:
 
 
 def matmul(x: Any, W: LowRank, *, precision: Any = None) -> jax.Array:
-    r"""The product :math:`x W = ((x U) S) V^\top`, at `r (m + n) + r^2` operations a row.
+    r"""The product :math:`x W = x U S V^\top`, at `r (m + n) + r^2` operations a row or less, see `dot_general`.
 
     Args:
       x: array of shape `(batch..., any..., in...)`: the batch axes of the kernel come first, its input
         axes last.
       W: the kernel.
-      precision: passed to the three products.
+      precision: passed to each product.
 
     Returns:
       Array of shape `(batch..., any..., out...)`.
@@ -189,7 +190,8 @@ def dot_general(
     """`jax.lax.dot_general` whose right operand may be a `LowRank` kernel.
 
     The `dot_general` hook of Flax layers. The contracted axes of the kernel must be its input axes and
-    the batch axes its batch axes. No intermediate is larger than one activation of width r.
+    the batch axes its batch axes. No intermediate is larger than one activation of width r or a basis: S is
+    multiplied with the activation, or with the smaller basis where that has fewer rows.
 
     Args:
       lhs: array.
@@ -216,10 +218,35 @@ def dot_general(
             f"a LowRank kernel of shape {rhs.shape} is contracted over its input axes {expected} with "
             f"batch axes {tuple(range(nbatch))}, got axes {tuple(rhs_axes)} and {tuple(rhs_batch)}"
         )
-    z = contract(lhs, rhs.U, ((lhs_axes, expected), (lhs_batch, rhs_batch)), **last)
+    free = set(range(lhs.ndim)) - {*lhs_axes, *lhs_batch}
+    U, S, V = absorb(rhs, math.prod(lhs.shape[i] for i in free), **last)
     batch = (tuple(range(nbatch)), tuple(range(nbatch)))
-    z = contract(z, rhs.S, (((z.ndim - 1,), (nbatch,)), batch), **last)
-    return contract(z, rhs.V, (((z.ndim - 1,), (rhs.V.ndim - 1,)), batch), **last, **kwargs)
+    z = contract(lhs, U, ((lhs_axes, expected), (lhs_batch, rhs_batch)), **last)
+    if S is not None:
+        z = contract(z, S, (((z.ndim - 1,), (nbatch,)), batch), **last)
+    return contract(z, V, (((z.ndim - 1,), (V.ndim - 1,)), batch), **last, **kwargs)
+
+
+def absorb(W: LowRank, rows: Any, **options: Any) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    r"""The factors through which an activation passes: `(U S, None, V)`, `(U, None, V S^T)` or `(U, S, V)`.
+
+    One product with S is :math:`r^2` operations for each row of what it is multiplied with. Of a batch that has more
+    rows than the smaller basis, S goes to the basis: then neither the backward pass multiplies activations with it, and
+    one activation of width r less is kept for that pass.
+
+    Args:
+      W: the kernel.
+      rows: rows of the activation that one kernel multiplies; a symbolic dimension counts as few.
+      **options: passed to the product.
+    """
+    m, n = math.prod(W.in_shape), math.prod(W.out_shape)
+    if jax.export.is_symbolic_dim(rows) or rows <= min(m, n):
+        return W.U, W.S, W.V
+    nbatch = len(W.batch_shape)
+    batch = (tuple(range(nbatch)), tuple(range(nbatch)))
+    if m < n:
+        return contract(W.U, W.S, (((W.U.ndim - 1,), (nbatch,)), batch), **options), None, W.V
+    return W.U, None, contract(W.V, W.S, (((W.V.ndim - 1,), (nbatch + 1,)), batch), **options)
 
 
 def contract(x: jax.Array, factor: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:

@@ -15,7 +15,7 @@ from lowrank_optax.lowrank import LowRank, is_lowrank
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class apply:
-    r"""`model.apply` for parameters that hold `LowRank` kernels, :math:`y = ((x U) S) V^\top + b`.
+    r"""`model.apply` for parameters that hold `LowRank` kernels, :math:`y = x U S V^\top + b`.
 
     The model stays as it is. Where an `nn.Dense`, `nn.DenseGeneral`, `nn.Conv` or `nn.ConvTranspose`
     finds a `LowRank` kernel, at any depth of `nn.scan`, `nn.vmap`, `nn.remat` or attention, the layer

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 
 from lowrank_optax.factorize import Axes
-from lowrank_optax.lowrank import LowRank, contract
+from lowrank_optax.lowrank import LowRank, absorb, contract
 
 # Keyed by the forward function rather than by the class: a subclass that wraps `super().__call__` (and
 # every class that nn.remat, nn.scan or nn.vmap makes) still reaches this one function.
@@ -50,19 +51,23 @@ def kernel_axes(layer: Any) -> Axes | None:
     return Axes(0, len(_tuple(layer.kernel_size)) + 1)
 
 
-def forward(layer: Any, kernel: LowRank, bias: Any, *args: Any, **kwargs: Any) -> jax.Array:
+def forward(layer: Any, kernel: LowRank, bias: Any, inputs: Any, *args: Any, **kwargs: Any) -> jax.Array:
     """The output of a detached stock layer whose kernel is `kernel`.
 
     The layer itself runs with U as its kernel, so padding, axes and dtypes are Flax's own; S and V
     act on its r output channels.
     """
+    inputs, U, S, V, bias = layer.promote_dtype(inputs, kernel.U, kernel.S, kernel.V, bias, dtype=layer.dtype)
+    dense = isinstance(layer, nn.Dense | nn.DenseGeneral)
+    row = kernel.batch_shape + (kernel.in_shape if dense else kernel.in_shape[-1:])
+    U, S, V = absorb(LowRank(U, S, V), inputs.size // math.prod(row), precision=layer.precision)
     narrow = layer.clone(features=kernel.rank, use_bias=False, kernel_init=nn.initializers.zeros)
-    y = narrow.apply({"params": {"kernel": kernel.U}}, *args, **kwargs)
-    y, S, V, bias = layer.promote_dtype(y, kernel.S, kernel.V, bias, dtype=layer.dtype)
+    y = narrow.apply({"params": {"kernel": U}}, inputs, *args, **kwargs)
     nbatch = len(kernel.batch_shape)
     batch = (tuple(range(nbatch)),) * 2
     for factor, axis in ((S, nbatch), (V, V.ndim - 1)):
-        y = contract(y, factor, (((y.ndim - 1,), (axis,)), batch), precision=layer.precision)
+        if factor is not None:
+            y = contract(y, factor, (((y.ndim - 1,), (axis,)), batch), precision=layer.precision)
     if bias is None:
         return y
     free = (1,) * (y.ndim - nbatch - len(kernel.out_shape))

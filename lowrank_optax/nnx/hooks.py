@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax.nnx.nn import dtypes
 
-from lowrank_optax.lowrank import is_lowrank
+from lowrank_optax.lowrank import absorb, is_lowrank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,9 @@ def conv_general_dilated(
     options: dict[str, Any] = dict(precision=precision, preferred_element_type=preferred_element_type)
     if not is_lowrank(rhs):
         return conv(lhs, rhs, *args, out_sharding=out_sharding, **options, **kwargs)
-    z = conv(lhs, rhs.U, *args, **options, **kwargs)
-    z = jax.lax.dot_general(z, rhs.S, (((z.ndim - 1,), (0,)), ((), ())), **options)
+    U, S, V = absorb(rhs, math.prod(lhs.shape[:-1]), **options)
+    z = conv(lhs, U, *args, **options, **kwargs)
+    if S is not None:
+        z = jax.lax.dot_general(z, S, (((z.ndim - 1,), (0,)), ((), ())), **options)
     contract = (((z.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(z, rhs.V, contract, out_sharding=out_sharding, **options)
+    return jax.lax.dot_general(z, V, contract, out_sharding=out_sharding, **options)

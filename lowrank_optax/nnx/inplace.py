@@ -19,7 +19,7 @@ _STOCK_PRODUCTS = (None, jax.lax.dot_general, jax.lax.conv_general_dilated)
 def factorize(model: Any, rank: Rank, *, max_rank: Rank | None = None, where: Where | None = None) -> None:
     r"""Replaces the kernels of an nnx model by their truncated SVD, in place.
 
-    .. math:: W \approx U S V^\top, \quad y = ((x U) S) V^\top + b
+    .. math:: W \approx U S V^\top, \quad y = x U S V^\top + b
 
     The kernels of `nnx.Linear`, `nnx.LinearGeneral` (hence `nnx.MultiHeadAttention`) and `nnx.Conv` without
     groups and mask become `nnx.Param(LowRank)`. The layers stay the stock ones, their `dot_general`,
