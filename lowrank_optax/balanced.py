@@ -10,7 +10,7 @@ balanced anew, and what rides on its columns is turned with them. Compared with 
 direction of singular value sigma moves sqrt(sigma) times as far: steps grow with the weights.
 A pair of moments is a `LowRank` triple too, `(m_A, 0, m_B)`: it has the shapes of (U, S, V), and like in the triple
 of a tangent vector m_A rides on the columns of V and m_B on those of U: for the pair A X, B Y gradients are `G_A Y` and
-`G_B X`, so `manifold.rotate_tangent` turns first moments and `rotate_tangent_squared` second ones.
+`G_B X`, see `turn`.
 
 References:
   Mishra, Meyer, Bonnabel, Sepulchre, `Fixed-rank matrix factorizations and Riemannian low-rank optimization
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +93,25 @@ def _gradient(W: LowRank, grads: LowRank, c: Columns) -> LowRank:
 
     b = apply_if(jnp.any(c.fresh > 0), begin, grads.V * c.inverse)
     return LowRank(grads.U * c.inverse, jnp.zeros_like(grads.S), b)
+
+
+@linalg.precise
+def turn(xi: LowRank, x: jax.Array, y: jax.Array) -> LowRank:
+    """A pair of moments of A and B for the pair A X, B Y."""
+    return LowRank(xi.U @ y, xi.S, xi.V @ x)
+
+
+def without_zero(xi: LowRank) -> LowRank:
+    """A pair of moments as a triple without S, on which no step depends."""
+    none: Any = None
+    return LowRank(xi.U, none, xi.V)
+
+
+def with_zero(xi: LowRank, like: LowRank | None = None) -> LowRank:
+    """The inverse of `without_zero`: with zeros for S, or with the S of another triple."""
+    r = xi.U.shape[-1]
+    S = jnp.zeros((*xi.U.shape[:-2], r, r), xi.U.dtype) if like is None else like.S
+    return LowRank(xi.U, S, xi.V)
 
 
 def norms(pairs: Sequence[LowRank], Ms: Sequence[jax.Array], cs: Sequence[Columns]) -> list[jax.Array]:

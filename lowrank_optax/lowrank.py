@@ -99,7 +99,7 @@ class LowRank:
 
     def astype(self, dtype: Any) -> LowRank:
         """The same factors in another dtype."""
-        return LowRank(*(x.astype(dtype) for x in (self.U, self.S, self.V)))
+        return jax.tree.map(lambda x: x.astype(dtype), self)
 
     def __rmatmul__(self, x: Any) -> jax.Array:
         """`x @ W`, see `matmul`."""
@@ -142,7 +142,7 @@ def unflatten(W: LowRank, like: LowRank) -> LowRank:
 
 def cast_like(W: LowRank, like: LowRank) -> LowRank:
     """The factors of W in the dtypes of those of `like`."""
-    return LowRank(W.U.astype(like.U.dtype), W.S.astype(like.S.dtype), W.V.astype(like.V.dtype))
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), W, like)
 
 
 def matmul(x: Any, W: LowRank, *, precision: Any = None) -> jax.Array:

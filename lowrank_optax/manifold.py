@@ -75,16 +75,6 @@ def rotate_tangent(xi: LowRank, p: jax.Array, q: jax.Array) -> LowRank:
     return LowRank(xi.U @ q, transpose(p) @ xi.S @ q, xi.V @ p)
 
 
-def rotate_tangent_squared(x: LowRank, p: jax.Array, q: jax.Array) -> LowRank:
-    """Second moments of a triple for the bases U P and V Q, as those of sums of independent numbers.
-
-    Weights are squared, so with columns of norm 1 each new moment is a weighted mean of the old. The square-root
-    congruence of the paper, `(sqrt(v) Q)^2`, may cancel instead: where singular values are close and bases turn fast
-    it leaves second moments near zero beside first moments that are not, and steps explode.
-    """
-    return rotate_tangent(x, p * p, q * q)
-
-
 def trim(W: LowRank, active: jax.Array) -> LowRank:
     """The kernel with zeros in the padded columns of U and V; `active` is the mask `(batch..., r)` of the others."""
     U, V = (jnp.where(active[..., None, :], x, 0.0) for x in (W.U, W.V))

@@ -77,10 +77,11 @@ def apart(tree: Any, batches: Sequence[tuple[int, ...]]) -> list[Any]:
 
 @functools.partial(jax.jit, static_argnames="batches")  # traced once for each shape
 def _apart(tree: Any, positions: list[jax.Array], batches: tuple[tuple[int, ...], ...]) -> list[Any]:
+    zero = jnp.zeros_like(positions[0])
+
     def part(i: jax.Array, batch: tuple[int, ...], x: jax.Array) -> jax.Array:
-        zeros = [jnp.zeros_like(i)] * (x.ndim - 1)
-        sizes = (math.prod(batch), *x.shape[1:])
-        return jax.lax.dynamic_slice(x, [i, *zeros], sizes).reshape(*batch, *x.shape[1:])
+        slice_ = jax.lax.dynamic_slice(x, [i] + [zero] * (x.ndim - 1), (math.prod(batch), *x.shape[1:]))
+        return jax.lax.reshape(slice_, (*batch, *x.shape[1:]))
 
     places = zip(positions, batches, strict=True)
     return [jax.tree.map(functools.partial(part, i, batch), tree) for i, batch in places]

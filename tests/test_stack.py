@@ -165,12 +165,25 @@ def test_there_and_back() -> None:
     assert tree["bias"].shape == (2, 8) and tree["scale"] is None
     kernels = [x for x in jax.tree.leaves(tree, is_leaf=lro.is_lowrank) if lro.is_lowrank(x)]
     assert [W.shape for W in kernels] == [(3, 12, 8), (1, 3, 12, 8)]
-    back = stacks.unstack(tree)
+    twice = lambda tree: jax.tree.map(lambda x: 2 * x, tree)  # noqa: E731
+    back = stacks.unstack(twice(tree))
     assert jax.tree.structure(back) == jax.tree.structure(params)
-    jax.tree.map(np.testing.assert_array_equal, back, params)
+    jax.tree.map(np.testing.assert_array_equal, back, twice(params))
     _, state = steps(tx, params, 1)
     again = Stacks(optax.adamw(0.1), Split(params, vectors=True), params)
-    jax.tree.map(np.testing.assert_array_equal, again.unstack_state(again.stack_state(state)), state)
+    back = again.unstack_state(twice(again.stack_state(state)))
+    jax.tree.map(np.testing.assert_array_equal, back, twice(state))
+
+
+def test_what_a_step_leaves_alone_is_not_taken_from_a_stack() -> None:
+    params, tx = network(), lro.lowrank_adam(0.1)
+    state = tx.init(params)
+    program = jax.make_jaxpr(tx.update)(params, state, params)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    outputs = program.jaxpr.outvars[-len(names) :]
+    passed = {name for name, x in zip(names, outputs, strict=True) if x in program.jaxpr.invars}
+    expected = {name for name in names if name.endswith((".rank", ".truncation", ".S"))}
+    assert passed == expected | {".phase"}
 
 
 def test_the_program_hardly_grows_with_depth() -> None:

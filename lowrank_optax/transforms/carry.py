@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lowrank_optax import balanced
 from lowrank_optax import manifold as mf
 from lowrank_optax.linalg import all_finite, transpose
 from lowrank_optax.lowrank import LowRank, cast_like, is_lowrank
@@ -52,16 +53,22 @@ def coefficient_change(left: jax.Array, right: jax.Array) -> Change:
 
 def gauge_change(momentum: str, p: jax.Array, q: jax.Array) -> Change:
     """The change to the bases U P and V Q, for moments of any kind."""
-    return coefficient_change(transpose(p), transpose(q)) if momentum == "coefficient" else turn_change(p, q)
+    if momentum == "coefficient":
+        return coefficient_change(transpose(p), transpose(q))
+    return turn_change(mf.rotate_tangent if momentum == "tangent" else balanced.turn, p, q)
 
 
-def turn_change(p: jax.Array, q: jax.Array) -> Change:
-    """The change of triples to the bases U P and V Q, or to the pair A P, B Q."""
+def turn_change(turn: Callable[[LowRank, jax.Array, jax.Array], LowRank], p: jax.Array, q: jax.Array) -> Change:
+    """The change of triples by `turn(x, p, q)`: to the bases U P and V Q, or to the pair A P, B Q.
+
+    Weights of second moments are squared, so with columns of norm 1 each new moment is a weighted mean of the old. The
+    square-root congruence of the paper, `(sqrt(v) Q)^2`, may cancel instead: where singular values are close and bases
+    turn fast it leaves second moments near zero beside first moments that are not, and steps explode.
+    """
 
     def apply(arrays: Any, x: LowRank, squared: bool) -> LowRank:
-        p, q = arrays
-        move = mf.rotate_tangent_squared if squared else mf.rotate_tangent
-        return cast_like(move(x.astype(p.dtype), p, q), x)
+        p, q = (jnp.square(y) if squared else y for y in arrays)
+        return cast_like(turn(x.astype(p.dtype), p, q), x)
 
     return Change(apply, (p, q))
 
@@ -142,7 +149,7 @@ def carry(
     changes: Sequence[Change],
     second_moments: tuple[str, ...],
     when: jax.Array | None = None,
-) -> tuple[optax.OptState, jax.Array]:
+) -> tuple[optax.OptState, list[Any]]:
     """Applies to every leaf of `state` that mirrors a kernel the change of that kernel.
 
     Args:
@@ -154,7 +161,7 @@ def carry(
       when: whether to do so, by default true.
 
     Returns:
-      The state in the new bases, and whether all that moved is finite.
+      The state in the new bases, and what moved: a few large arrays rather than one of each kernel where it can be.
     """
     shell, slots = _lift(inner, state, split, second_moments)
     # Mirrors of a group go together: those of one copy of the parameters (mu, say) are met in order.
@@ -165,7 +172,7 @@ def carry(
         batches.setdefault((place.group, squared, copy), []).append(i)
     sizes = split.sizes()
 
-    def move(values: list[Any]) -> tuple[list[Any], jax.Array]:
+    def move(values: list[Any]) -> tuple[list[Any], list[Any]]:
         stacks = split.stack([[values[i] for i in indices] for indices in batches.values()])
         moved = []
         for (group, squared, _), indices, stacked in zip(batches, batches.values(), stacks, strict=True):
@@ -177,14 +184,14 @@ def carry(
         apart = split.unstack(moved, [len(indices) for indices in batches.values()])
         order = [i for indices in batches.values() for i in indices]
         by_slot = dict(zip(order, (x for parts in apart for x in parts), strict=True))
-        return [by_slot[i] for i in range(len(slots))], all_finite(moved)
+        return [by_slot[i] for i in range(len(slots))], moved
 
     values = [value for _, _, value in slots]
     if when is None:
-        values, finite = move(values)
+        values, moved = move(values)
     else:
-        values, finite = apply_if(when, lambda old: move(old[0]), (values, jnp.ones((), bool)))
-    return _lower(shell, values), finite
+        values = moved = apply_if(when, lambda old: move(old)[0], values)
+    return _lower(shell, values), moved
 
 
 def mirrors_finite(inner: optax.GradientTransformation, state: optax.OptState, split: Split) -> jax.Array:
@@ -209,13 +216,13 @@ def stayed_finite(old: Any, new: Any) -> jax.Array:
     return finite
 
 
-def keep_kernels(
-    inner: optax.GradientTransformation, old: optax.OptState, new: optax.OptState, split: Split
+def map_mirrors(
+    f: Callable[..., Any], inner: optax.GradientTransformation, split: Split, *states: optax.OptState
 ) -> optax.OptState:
-    """The state `new` with the leaves that mirror kernels taken from `old`."""
-    shell, _ = _lift(inner, new, split, ())
-    _, slots = _lift(inner, old, split, ())
-    return _lower(shell, [value for _, _, value in slots])
+    """The first state with `f` of the values in all states at every place that mirrors a kernel."""
+    shells, slots = zip(*(_lift(inner, state, split, ()) for state in states), strict=True)
+    values = ([value for _, _, value in each] for each in slots)
+    return _lower(shells[0], list(map(f, *values)))
 
 
 def check_carries(inner: optax.GradientTransformation, state: optax.OptState, split: Split, views: Any) -> None:

@@ -247,6 +247,11 @@ def fixed_rank(
 
         def step(updates: Any, state: FixedRankState, params: Any) -> tuple[Any, FixedRankState]:
             _check_state(method, split, state, params)
+            whole = state.inner_state
+            updates, state = lay_out(updates, state._replace(inner_state=method.working_state(whole, split)), params)
+            return updates, state._replace(inner_state=method.whole_state(state.inner_state, whole, split))
+
+        def lay_out(updates: Any, state: FixedRankState, params: Any) -> tuple[Any, FixedRankState]:
             if stack is None or place or not split:
                 return move(method, split, grad_fn, extra, updates, state, params)
             stacks = Stacks(method.inner, Split(params, vectors=stack == "all"), params)
@@ -293,7 +298,7 @@ def fixed_rank(
         finite = jax.lax.cond(moved.finite, rest_finite, lambda: jnp.zeros((), bool))
 
         def select(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+            return jax.tree.map(lambda a, b: a if a is b else jnp.where(finite, a, b), new, old)
 
         skipped = optax.safe_increment(state.notfinite_count)
         state = FixedRankState(
@@ -328,8 +333,9 @@ def _check_state(method: st.Method, split: Split, state: Any, params: Any) -> No
             raise ValueError(f"it is a {type(state).__name__}")
         if split:
             split.each(state.kernels)
-            views = jax.eval_shape(lambda Ws: [method.view(flatten(W)) for W in Ws], split.each(params))
-            places = split.merge_each(views, split.ordinary(params))
+            # Kernels of a group have views of the same shape.
+            views = ([jax.eval_shape(lambda W: method.view(flatten(W)), Ws[0])] * len(Ws) for Ws in split.groups(params))
+            places = split.merge_each((view for group in views for view in group), split.ordinary(params))
             check_carries(*method.kernel_part(state.inner_state), split, places)
     except (ValueError, TypeError) as error:
         raise ValueError(

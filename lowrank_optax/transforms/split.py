@@ -63,15 +63,14 @@ class Split:
 
     def kernels(self, tree: Any) -> list[Any]:
         """What `tree` holds at the kernels, stacked group by group."""
-        leaves = self._treedef.flatten_up_to(tree)
-        return self.stack([[leaves[i] for i in group] for group in self._groups])
+        return self.stack(self.groups(tree))
 
     def stack(self, groups: list[list[Any]]) -> list[Any]:
         """Stacks the leaves of the equal trees of each group along a new first axis."""
         if self._stacked:
             return [tree for (tree,) in groups]
         return [
-            isolate(_stack, group) if len(group) > 1 and _holds_arrays(group) else _alone(group[0]) for group in groups
+            jax.tree.map(lambda *xs: isolate(_stack, xs) if len(xs) > 1 else _alone(*xs), *group) for group in groups
         ]
 
     def unstack(self, trees: list[Any], sizes: list[int]) -> list[list[Any]]:
@@ -102,20 +101,15 @@ class Split:
             leaves[i] = x
         return self._treedef.unflatten(leaves)
 
-    def gather(self, tree: Any) -> Any:
-        """`tree` with every group stacked in the place of its first kernel, and None in the places of the others."""
+    def groups(self, tree: Any) -> list[list[Any]]:
+        """What `tree` holds at the kernels, group by group."""
         leaves = self._treedef.flatten_up_to(tree)
-        stacks = self.stack([[leaves[i] for i in group] for group in self._groups])
-        for group, stack in zip(self._groups, stacks, strict=True):
-            leaves[group[0]] = stack
-            for i in group[1:]:
-                leaves[i] = None
-        return self._treedef.unflatten(leaves)
+        return [[leaves[i] for i in group] for group in self._groups]
 
-    def scatter(self, tree: Any) -> Any:
-        """The inverse of `gather`."""
-        leaves = self._treedef.flatten_up_to(tree)
-        return self.merge((leaves[group[0]] for group in self._groups), (leaves[i] for i in self._ordinary))
+    def first(self, groups: Iterable[Any], ordinary: Iterable[Any]) -> Any:
+        """The tree with one value for each group in the place of its first kernel, and None in those of the others."""
+        values = ([x] + [None] * (size - 1) for x, size in zip(groups, self.sizes(), strict=True))
+        return self.merge_each((x for group in values for x in group), ordinary)
 
     def places(self) -> Any:
         """The tree with the `Place` of every kernel, and an empty tuple at the other leaves."""

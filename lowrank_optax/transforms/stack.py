@@ -32,10 +32,11 @@ class Stacks:
 
     def __init__(self, inner: optax.GradientTransformation, split: Split, params: Any):
         self._inner, self._split, self._params = inner, split, params
+        self._parts: dict[int, tuple[jax.Array, list[jax.Array]]] = {}  # of every stack, by its identity
 
     def stack(self, tree: Any) -> Any:
         """A tree of parameters, or of their gradients, with its kernels in stacks."""
-        return self._split.gather(jax.tree.map(lambda x: flatten(x) if is_kernel(x) else x, tree, is_leaf=is_kernel))
+        return self._gather(jax.tree.map(lambda x: flatten(x) if is_kernel(x) else x, tree, is_leaf=is_kernel))
 
     def unstack(self, tree: Any) -> Any:
         """The inverse of `stack`."""
@@ -43,16 +44,36 @@ class Stacks:
         def one(like: Any, x: Any) -> Any:
             return unflatten(x, like) if is_kernel(like) else x
 
-        return jax.tree.map(one, self._params, self._split.scatter(tree), is_leaf=is_kernel)
+        return jax.tree.map(one, self._params, self._scatter(tree), is_leaf=is_kernel)
 
     def stack_state(self, state: Any) -> Any:
         """A `FixedRankState` for stacked parameters."""
-        return self._map_state(self._split.gather, state)
+        return self._map_state(self._gather, state)
 
     def unstack_state(self, state: Any) -> Any:
-        """The inverse of `stack_state`."""
-        return self._map_state(self._split.scatter, state)
+        """The inverse of `stack_state`; a stack that is still the one made there is not taken apart."""
+        return self._map_state(self._scatter, state)
 
     def _map_state(self, f: Any, state: Any) -> Any:
         inner_state = optax.tree.map_params(self._inner, f, state.inner_state, is_leaf=lambda _: True)
         return state._replace(inner_state=inner_state, kernels=f(state.kernels))
+
+    def _gather(self, tree: Any) -> Any:
+        groups = self._split.groups(tree)
+        stacks = self._split.stack(groups)
+        for group, stack in zip(groups, stacks, strict=True):
+            for x, *parts in zip(*map(jax.tree.leaves, (stack, *group)), strict=True):
+                self._parts[id(x)] = x, parts
+        return self._split.first(stacks, self._split.ordinary(tree))
+
+    def _scatter(self, tree: Any) -> Any:
+        each: list[Any] = []
+        for (stack, *_), size in zip(self._split.groups(tree), self._split.sizes(), strict=True):
+            treedef: Any
+            leaves, treedef = jax.tree.flatten(stack)
+            kept = {j: self._parts[id(x)][1] for j, x in enumerate(leaves) if id(x) in self._parts}
+            changed = {j: x for j, x in enumerate(leaves) if j not in kept}
+            (rows,) = self._split.unstack([changed], [size])
+            for i, row in enumerate(rows):
+                each.append(treedef.unflatten(kept[j][i] if j in kept else row[j] for j in range(len(leaves))))
+        return self._split.merge_each(each, self._split.ordinary(tree))

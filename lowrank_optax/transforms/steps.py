@@ -25,7 +25,7 @@ from lowrank_optax.transforms.carry import (
     carry,
     coefficient_change,
     gauge_change,
-    keep_kernels,
+    map_mirrors,
     mirrors_finite,
     rest_finite,
     stayed_finite,
@@ -74,11 +74,11 @@ class Method:
 
     def carry(
         self, state: Any, split: Split, changes: list[Change], when: jax.Array | None = None
-    ) -> tuple[Any, jax.Array]:
-        """The inner state in new bases, and whether it is finite; the same state unless `when`."""
+    ) -> tuple[Any, list[Any]]:
+        """The inner state in new bases, and what of it moved; the same state unless `when`."""
         tx, part = self.kernel_part(state)
-        moved, finite = carry(tx, part, split, changes, self.second_moments, when)
-        return self._with_kernel_part(state, moved), finite
+        part, moved = carry(tx, part, split, changes, self.second_moments, when)
+        return self._with_kernel_part(state, part), moved
 
     def finite(self, state: Any, split: Split) -> jax.Array:
         """Whether the mirrors of kernels in the inner state are finite."""
@@ -92,10 +92,22 @@ class Method:
             return finite
         return finite & stayed_finite(old.inner_states["ordinary"], new.inner_states["ordinary"])
 
-    def keep_kernels(self, old: Any, new: Any, split: Split) -> Any:
-        """The inner state `new` with the mirrors of kernels of `old`."""
-        tx, part = self.kernel_part(new)
-        return self._with_kernel_part(new, keep_kernels(tx, self.kernel_part(old)[1], part, split))
+    def map_mirrors(self, f: Callable[..., Any], split: Split, *states: Any) -> Any:
+        """The first inner state with `f` of the values in all states at every place that mirrors a kernel."""
+        (tx, _), *_ = parts = list(map(self.kernel_part, states))
+        return self._with_kernel_part(states[0], map_mirrors(f, tx, split, *(part for _, part in parts)))
+
+    def working_state(self, state: Any, split: Split) -> Any:
+        """The inner state without what no step changes: the S of moments of balanced factors, which is zero."""
+        if self.momentum != "balanced":
+            return state
+        return self.map_mirrors(balanced.without_zero, split, state)
+
+    def whole_state(self, state: Any, old: Any, split: Split) -> Any:
+        """The inverse of `working_state`, given the whole state before the step."""
+        if self.momentum != "balanced":
+            return state
+        return self.map_mirrors(balanced.with_zero, split, state, old)
 
     def kernel_part(self, state: Any) -> tuple[optax.GradientTransformation, Any]:
         """The transformation of the kernels and its state."""
@@ -159,8 +171,8 @@ def canonicalize(method: Method, split: Split, point: Point, grads: Any) -> tupl
 
     Ws, gs, turns = apply_if(~ok, turn, (Ws, gs, [(W.S, W.S) for W in Ws]))
     changes = [gauge_change(method.momentum, p, q) for p, q in turns]
-    inner_state, finite = method.carry(point.inner_state, split, changes, ~ok)
-    return point._replace(inner_state=inner_state, finite=point.finite & finite), Ws, gs
+    inner_state, _ = method.carry(point.inner_state, split, changes, ~ok)
+    return point._replace(inner_state=inner_state), Ws, gs
 
 
 def _states(split: Split, states: list[KernelState]) -> Any:
@@ -171,9 +183,9 @@ def _project(W: LowRank, g: LowRank, k: KernelState) -> LowRank:
     return mf.project(W, g, linalg.leading(k.rank, W.rank))
 
 
-def _sound(new: Kernels, norms: list[jax.Array]) -> jax.Array:
+def _sound(new: Kernels, norms: list[jax.Array], moments: list[Any]) -> jax.Array:
     """Whether a step is finite: NaN in a basis or a tangent vector is NaN in S or the norm."""
-    return linalg.all_finite(([W.S for W in new], norms))
+    return linalg.all_finite(([W.S for W in new], norms, moments))
 
 
 def _trimmed(Ws: list[LowRank], ks: list[KernelState]) -> list[LowRank]:
@@ -275,8 +287,8 @@ def coefficient_step(
 
     norms = [mf.norm(xi) for xi in xis]
     new, states, changes = _finish(method, Ws, frames, ys, ks, norms)
-    inner_state, finite = method.carry(inner_state, split, changes)
-    finite &= point.finite & _sound(new, norms)
+    inner_state, moments = method.carry(inner_state, split, changes)
+    finite = point.finite & _sound(new, norms, moments)
     return Point(split.merge(new, updates), _states(split, states), inner_state, finite)
 
 
@@ -300,13 +312,16 @@ def tangent_step(method: Method, split: Split, point: Point, grads: Any, extra: 
     norms = [mf.norm(xi) for xi in xis]
     new, states, _ = _finish(method, Ws, frames, ys, ks, norms)
     changes = list(map(transport_change, _trimmed(Ws, ks), _trimmed(new, states)))
-    inner_state, finite = method.carry(inner_state, split, changes)
-    finite &= point.finite & _sound(new, norms)
+    inner_state, moments = method.carry(inner_state, split, changes)
+    finite = point.finite & _sound(new, norms, moments)
     return Point(split.merge(new, split.ordinary(steps)), _states(split, states), inner_state, finite)
 
 
 def balanced_step(method: Method, split: Split, point: Point, grads: Any, extra: dict[str, Any]) -> Point:
-    """One whole step with moments on balanced factors: the pair moves and is balanced anew."""
+    """One whole step with moments on balanced factors: the pair moves and is balanced anew.
+
+    The S of moments, which is zero, is None in the inner state given and returned, see `Method.working_state`.
+    """
     point, Ws, gs = canonicalize(method, split, point, grads)
     ks = split.kernels(point.kernels)
     actives = [linalg.leading(k.rank, W.rank)[..., None, :] for W, k in zip(Ws, ks, strict=True)]
@@ -314,7 +329,7 @@ def balanced_step(method: Method, split: Split, point: Point, grads: Any, extra:
     pairs = [balanced.gradient(*x) for x in zip(Ws, gs, columns, strict=True)]
     steps, inner_state = method.inner.update(
         split.merge(pairs, split.ordinary(grads)),
-        point.inner_state,
+        method.map_mirrors(balanced.with_zero, split, point.inner_state),
         split.merge(map(method.view, Ws), split.ordinary(point.params)),
         **extra,
     )
@@ -324,11 +339,11 @@ def balanced_step(method: Method, split: Split, point: Point, grads: Any, extra:
         factors.append((a + jnp.where(c.left > 0, d.U, 0.0), b + jnp.where(c.left > 0, d.V, 0.0)))
     moved = balanced.rebalance(*zip(*factors, strict=True), actives)
     norms = balanced.norms(pairs, [g.S for g in gs], columns)
-    states = [KernelState(k.rank, norm, jnp.zeros_like(k.truncation)) for k, norm in zip(ks, norms, strict=True)]
-    changes = [turn_change(x.x, x.y) for x in moved]
+    states = [k._replace(gradient_norm=norm) for k, norm in zip(ks, norms, strict=True)]
+    changes = [turn_change(balanced.turn, x.x, x.y) for x in moved]
     new = [x.kernel for x in moved]
-    inner_state, finite = method.carry(inner_state, split, changes)
-    finite &= point.finite & _sound(new, norms)
+    inner_state, moments = method.carry(method.working_state(inner_state, split), split, changes)
+    finite = point.finite & _sound(new, norms, moments)
     return Point(split.merge(new, split.ordinary(steps)), _states(split, states), inner_state, finite)
 
 
@@ -351,7 +366,7 @@ def augment_step(
             split.merge((W.S for W in Ws), split.ordinary(point.params)),
             **extra,
         )
-        inner_state = method.keep_kernels(inner_state, after, split)
+        inner_state = method.map_mirrors(lambda new, old: old, split, after, inner_state)
         updates = split.ordinary(steps)
 
     new, states, changes = [], [], []
@@ -361,8 +376,8 @@ def augment_step(
         new.append(LowRank(frame.U.array(), S, frame.V.array()))
         states.append(k._replace(gradient_norm=mf.norm(xi)))
         changes.append(coefficient_change(frame.left, frame.right))
-    inner_state, finite = method.carry(inner_state, split, changes)
-    finite &= point.finite & _sound(new, [k.gradient_norm for k in states])
+    inner_state, moments = method.carry(inner_state, split, changes)
+    finite = point.finite & _sound(new, [k.gradient_norm for k in states], moments)
     return Point(split.merge(new, updates), _states(split, states), inner_state, finite)
 
 
@@ -393,6 +408,6 @@ def truncate_step(method: Method, split: Split, point: Point) -> Point:
         frames.append(mf.Frame(mf.Basis((W.U,), eye), mf.Basis((W.V,), eye), eye, eye, eye, eye))
     norms = [k.gradient_norm for k in ks]
     new, states, changes = _finish(method, Ws, frames, [W.S for W in Ws], ks, norms)
-    inner_state, finite = method.carry(point.inner_state, split, changes)
-    finite &= point.finite & linalg.all_finite(new)
+    inner_state, moments = method.carry(point.inner_state, split, changes)
+    finite = point.finite & linalg.all_finite((new, moments))
     return Point(split.merge(new, split.ordinary(point.params)), _states(split, states), inner_state, finite)
