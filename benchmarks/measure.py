@@ -12,7 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PAGES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"  # Linux with glibc 2.35 or newer; others ignore it
+# What a process reads when it starts: name -> environment variable and value.
+SETTINGS = {
+    "huge pages": ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),  # Linux with glibc 2.35 or newer; others ignore it
+    "memory schedule": ("XLA_FLAGS", "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"),
+}
 
 
 def machine() -> dict[str, Any]:
@@ -29,7 +33,7 @@ def machine() -> dict[str, Any]:
         "device": names[0] if device.platform == "cpu" and names else device.device_kind,
         "platform": device.platform,
         "cores": cores,
-        "pages": "huge" if HUGE_PAGES in os.environ.get(PAGES, "") else "small",
+        "settings": [name for name, (variable, value) in SETTINGS.items() if value in os.environ.get(variable, "")],
         "jax": jax.__version__,
         "python": platform.python_version(),
     }

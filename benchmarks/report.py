@@ -29,8 +29,9 @@ def write(out: Path) -> None:
 
 def header(result: dict[str, Any]) -> str:
     m = result["machine"]
+    settings = " and ".join(m["settings"]) or "settings as they come"
     return (
-        f"{m['device']}, {m['platform']}, cores: {m['cores']}, {m['pages']} pages of memory, jax {m['jax']}, "
+        f"{m['device']}, {m['platform']}, cores: {m['cores']}, {settings}, jax {m['jax']}, "
         f"Python {m['python']}; {result['seconds']} s in all. Times are medians with quartiles; ratios are of one "
         "round. Peak is what the compiled step needs: arguments, results and temporaries."
     )

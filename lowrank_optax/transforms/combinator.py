@@ -334,7 +334,9 @@ def _check_state(method: st.Method, split: Split, state: Any, params: Any) -> No
         if split:
             split.each(state.kernels)
             # Kernels of a group have views of the same shape.
-            views = ([jax.eval_shape(lambda W: method.view(flatten(W)), Ws[0])] * len(Ws) for Ws in split.groups(params))
+            views = (
+                [jax.eval_shape(lambda W: method.view(flatten(W)), Ws[0])] * len(Ws) for Ws in split.groups(params)
+            )
             places = split.merge_each((view for group in views for view in group), split.ordinary(params))
             check_carries(*method.kernel_part(state.inner_state), split, places)
     except (ValueError, TypeError) as error:
