@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.xla import apart, in_groups, isolate, join
+from lowrank_optax.xla import apart, in_groups, isolate, join, members_of
 
 # A decorator. Accelerators multiply float32 as bfloat16 or TF32 unless told otherwise, and 1e-3 of W would be lost in
 # every step.
@@ -157,7 +157,7 @@ def _extend(bases: list[jax.Array], xs: list[jax.Array]) -> list[Extension]:
     k, eps = xs[0].shape[-1], float(jnp.finfo(xs[0].dtype).eps)
 
     def split(tree: Any) -> list[Any]:
-        return apart(tree, [x.shape[:1] for x in xs]) if len(xs) > 1 else [tree]
+        return apart(tree, list(map(members_of, xs))) if len(xs) > 1 else [tree]
 
     def start(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         top = jnp.max(jnp.abs(x), axis=-2, keepdims=True)

@@ -18,23 +18,23 @@ def together(f: Callable[..., Any], *columns: Sequence[Any]) -> list[Any]:
 
     A small matrix costs the compiler as much as a large one: all decompositions of one size are one piece of code.
     They go together along the first axis, on which the members of a group lie; other batch axes may be sharded. What
-    has no batch axis goes alone.
+    has no batch axis is one member.
 
     Args:
       f: function of matrices with any number of leading batch axes, which its results have too.
-      *columns: as many arrays `(n, batch..., a, b)`, or trees of arrays, in each as there are calls.
+      *columns: as many arrays `(n, batch..., a, b)` or `(a, b)`, or trees of them, in each as there are calls.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> eyes = [jnp.stack([jnp.eye(2)] * 2), jnp.eye(2)[None]]
+      >>> eyes = [jnp.stack([jnp.eye(2)] * 2), jnp.eye(2)]
       >>> [x.shape for x in together(jnp.linalg.inv, eyes)]
-      [(2, 2, 2), (1, 2, 2)]
+      [(2, 2, 2), (2, 2)]
     """
 
     def batch(members: list[Any]) -> list[Any]:
         if len(members) == 1:
             return [f(*members[0])]
-        return apart(f(*join(members)), [jax.tree.leaves(row)[0].shape[:1] for row in members])
+        return apart(f(*join(members)), [members_of(jax.tree.leaves(row)[0]) for row in members])
 
     rows = list(zip(*columns, strict=True))
     return in_groups(batch, rows, rows)
@@ -49,19 +49,25 @@ def in_groups(f: Callable[[list[Any]], list[Any]], rows: Sequence[Any], trees: S
     return results
 
 
+def members_of(x: jax.Array) -> tuple[int, ...]:
+    """The length of the axis along which matrices go together; empty for a single matrix."""
+    return x.shape[:1] if x.ndim > 2 else ()
+
+
 def alike(trees: Sequence[Any]) -> list[list[int]]:
-    """The positions of trees in groups that `join` takes: equal but for the first axis of arrays with batch axes."""
+    """The positions of trees in groups that `join` takes: of equal shapes but for the axis of members."""
     groups: dict[Any, list[int]] = {}
     for i, tree in enumerate(trees):
-        leaves = jax.tree.leaves(tree)
-        alone = i if any(x.ndim == 2 for x in leaves) else None
-        groups.setdefault((alone, *((x.shape[1:], x.dtype) for x in leaves)), []).append(i)
+        key = tuple((x.shape[len(members_of(x)) :], x.dtype) for x in jax.tree.leaves(tree))
+        groups.setdefault(key, []).append(i)
     return list(groups.values())
 
 
 def join(trees: Sequence[Any]) -> Any:
     """One tree from equal trees of arrays, after each other along their first axis."""
-    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *trees)
+    if len(trees) == 1:
+        return trees[0]
+    return jax.tree.map(lambda *xs: jnp.concatenate([x if members_of(x) else x[None] for x in xs]), *trees)
 
 
 def apart(tree: Any, batches: Sequence[tuple[int, ...]]) -> list[Any]:

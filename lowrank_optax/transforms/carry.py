@@ -173,7 +173,8 @@ def carry(
     sizes = split.sizes()
 
     def move(values: list[Any]) -> tuple[list[Any], list[Any]]:
-        stacks = split.stack([[values[i] for i in indices] for indices in batches.values()])
+        groups = [group for group, _, _ in batches]
+        stacks = split.stack([[values[i] for i in indices] for indices in batches.values()], groups)
         moved = []
         for (group, squared, _), indices, stacked in zip(batches, batches.values(), stacks, strict=True):
             arrays = changes[group].arrays
@@ -181,7 +182,7 @@ def carry(
                 members = [slots[i][0].member for i in indices]
                 arrays = jax.tree.map(lambda x: x[np.array(members)], arrays)  # noqa: B023
             moved.append(changes[group].apply(arrays, stacked, squared))
-        apart = split.unstack(moved, [len(indices) for indices in batches.values()])
+        apart = split.unstack(moved, [len(indices) for indices in batches.values()], groups)
         order = [i for indices in batches.values() for i in indices]
         by_slot = dict(zip(order, (x for parts in apart for x in parts), strict=True))
         return [by_slot[i] for i in range(len(slots))], moved

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,6 +50,7 @@ class Split:
                 groups.setdefault((jnp.shape(leaf), jnp.result_type(leaf)), []).append(i)
         self._treedef, self._stacked = treedef, stacked
         self._groups = list(groups.values())
+        self._alone = [len(group) == 1 and not _batch_shape(leaves[group[0]]) for group in self._groups]
         grouped = {i for group in self._groups for i in group}
         self._ordinary = [i for i in range(len(leaves)) if i not in grouped]
 
@@ -65,22 +66,33 @@ class Split:
         """What `tree` holds at the kernels, stacked group by group."""
         return self.stack(self.groups(tree))
 
-    def stack(self, groups: list[list[Any]]) -> list[Any]:
-        """Stacks the leaves of the equal trees of each group along a new first axis."""
+    def stack(self, trees: list[list[Any]], groups: Sequence[int] | None = None) -> list[Any]:
+        """Stacks the leaves of equal trees along a new first axis: those of each group, or of each in `groups`.
+
+        A kernel that is alone in its group and has no batch axes gets none: to the compiler a product of matrices is
+        less than a batch of one.
+        """
         if self._stacked:
-            return [tree for (tree,) in groups]
+            return [tree for (tree,) in trees]
         return [
-            jax.tree.map(lambda *xs: isolate(_stack, xs) if len(xs) > 1 else _alone(*xs), *group) for group in groups
+            members[0] if self._alone[g] or not _holds_arrays(members) else isolate(_stack, members)
+            for g, members in zip(self._all(groups), trees, strict=True)
         ]
 
-    def unstack(self, trees: list[Any], sizes: list[int]) -> list[list[Any]]:
-        """The inverse of `stack`."""
+    def unstack(
+        self, trees: list[Any], sizes: list[int] | None = None, groups: Sequence[int] | None = None
+    ) -> list[list[Any]]:
+        """The inverse of `stack`; `sizes` tells how many trees there are of each group, by default all."""
+        sizes = self.sizes() if sizes is None else sizes
         if self._stacked:
             return [[tree] for tree in trees]
         return [
-            apart(tree, [()] * size) if _holds_arrays(tree) else [tree] * size
-            for tree, size in zip(trees, sizes, strict=True)
+            [tree] * size if self._alone[g] or not _holds_arrays(tree) else apart(tree, [()] * size)
+            for g, tree, size in zip(self._all(groups), trees, sizes, strict=True)
         ]
+
+    def _all(self, groups: Sequence[int] | None) -> Sequence[int]:
+        return range(len(self._groups)) if groups is None else groups
 
     def ordinary(self, tree: Any) -> list[Any]:
         """What `tree` holds at the other leaves."""
@@ -89,7 +101,7 @@ class Split:
 
     def merge(self, kernels: Iterable[Any], ordinary: Iterable[Any]) -> Any:
         """The tree with the stacked `kernels` in their places and `ordinary` at the other leaves."""
-        apart = self.unstack(list(kernels), self.sizes())
+        apart = self.unstack(list(kernels))
         return self.merge_each((x for group in apart for x in group), ordinary)
 
     def merge_each(self, kernels: Iterable[Any], ordinary: Iterable[Any]) -> Any:
@@ -143,8 +155,8 @@ def is_kernel(x: Any) -> bool:
     return is_lowrank(x) and not any(isinstance(y, optax.MaskedNode) for y in (x.U, x.S, x.V))
 
 
-def _alone(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.lax.expand_dims(x, (0,)), tree)
+def _batch_shape(leaf: Any) -> tuple[int, ...]:
+    return leaf.batch_shape if is_kernel(leaf) else ()
 
 
 @jax.jit  # traced once for each shape

@@ -68,12 +68,12 @@ class Stacks:
 
     def _scatter(self, tree: Any) -> Any:
         each: list[Any] = []
-        for (stack, *_), size in zip(self._split.groups(tree), self._split.sizes(), strict=True):
+        for g, (stack, *others) in enumerate(self._split.groups(tree)):
             treedef: Any
             leaves, treedef = jax.tree.flatten(stack)
             kept = {j: self._parts[id(x)][1] for j, x in enumerate(leaves) if id(x) in self._parts}
             changed = {j: x for j, x in enumerate(leaves) if j not in kept}
-            (rows,) = self._split.unstack([changed], [size])
+            (rows,) = self._split.unstack([changed], [1 + len(others)], [g])
             for i, row in enumerate(rows):
                 each.append(treedef.unflatten(kept[j][i] if j in kept else row[j] for j in range(len(leaves))))
         return self._split.merge_each(each, self._split.ordinary(tree))
