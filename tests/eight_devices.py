@@ -67,7 +67,6 @@ def assert_lies_as(tree: Any, expected: Any) -> None:
     ("layout", "mode", "name"),
     [
         ("data", "auto", "muon"),
-        ("fsdp", "auto", "adam"),
         ("fsdp", "auto", "adam-balanced"),
         ("fsdp", "explicit", "muon"),
         ("fsdp-tensor", "explicit", "muon-balanced"),

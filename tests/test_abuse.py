@@ -569,9 +569,7 @@ SIGNED_ROOTS = pytest.mark.xfail(
         pytest.param("galerkin", "adam", marks=SIGNED_ROOTS),
         ("balanced", "adam"),
         ("tangent", "adam"),
-        ("tangent-bug", "adam"),
         ("balanced", "muon"),
-        ("coefficient", "muon"),
         ("tangent-bug", "heavyball"),
     ],
 )

@@ -482,7 +482,7 @@ RESIZED = {
 @pytest.mark.parametrize(
     "name, width",
     [pytest.param(n, 5, marks=() if n == "inject" else slow) for n in RESIZED]
-    + [pytest.param(n, None, marks=slow) for n in ("heavy-ball-chain", "adam-tangent")],
+    + [pytest.param("adam-tangent", None, marks=slow)],
 )
 def test_resize_keeps_the_kernel_and_the_trajectory(name, width):
     """Three steps, a change of width, three steps: the same W as without, for odd phases of MultiSteps too."""
