@@ -156,11 +156,11 @@ def pair_apply(model: nn.Module) -> Callable[..., Any]:
 @functools.cache
 def flops(size: Size, form: str) -> float:
     """Operations of the products with the block kernels in a forward and a backward pass."""
-    d, r = size.d, size.rank
+    d, r, t = size.d, size.rank, size.tokens
     shapes = [(d, d)] * 4 + [(d, 4 * d), (4 * d, d)]
     each = {
-        "dense": sum(m * n for m, n in shapes),
-        "pair": sum(r * (m + n) for m, n in shapes),
-        "low rank": sum(r * (m + n) + r * r for m, n in shapes),
+        "dense": sum(t * m * n for m, n in shapes),
+        "pair": sum(t * r * (m + n) for m, n in shapes),
+        "low rank": sum(t * r * (m + n) + min(t, m, n) * r * r for m, n in shapes),
     }
-    return 6.0 * size.tokens * size.layers * each[form]
+    return 6.0 * size.layers * each[form]
