@@ -32,7 +32,8 @@ class Stacks:
 
     def __init__(self, inner: optax.GradientTransformation, split: Split, params: Any):
         self._inner, self._split, self._params = inner, split, params
-        self._parts: dict[int, tuple[jax.Array, list[jax.Array]]] = {}  # of every stack, by its identity
+        # What each stack was made of, by its identity; the stack is kept too, so that no other array gets that.
+        self._parts: dict[int, tuple[jax.Array, list[jax.Array]]] = {}
 
     def stack(self, tree: Any) -> Any:
         """A tree of parameters, or of their gradients, with its kernels in stacks."""
