@@ -8,7 +8,7 @@
 
 On a CPU two settings hold for every method. Memory comes in huge pages: a compiled step takes its temporary arrays
 anew from the system each time, and in small pages handing them out is a quarter of the time of a low-rank update,
-half of that of dense AdamW's. And XLA orders operations by the memory they need, not by what could run at once: 20 to
+half of that of dense AdamW's. And XLA orders operations by the memory they need, not by what could run at once: up to
 30 % less memory.
 """
 

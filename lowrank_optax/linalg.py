@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.xla import apart, in_groups, isolate, join, members_of
+from lowrank_optax.xla import in_groups, isolate, join, unjoin
 
 # A decorator. Accelerators multiply float32 as bfloat16 or TF32 unless told otherwise, and 1e-3 of W would be lost in
 # every step.
@@ -156,9 +156,6 @@ def _extend(bases: list[jax.Array], xs: list[jax.Array]) -> list[Extension]:
     """`extend` for matrices of equal r and k, and of equal batch axes but for the first."""
     k, eps = xs[0].shape[-1], float(jnp.finfo(xs[0].dtype).eps)
 
-    def split(tree: Any) -> list[Any]:
-        return apart(tree, list(map(members_of, xs))) if len(xs) > 1 else [tree]
-
     def start(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         top = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
         size = jnp.where(top > 0, jnp.full_like(top, eps), jnp.ones_like(top))
@@ -187,7 +184,7 @@ def _extend(bases: list[jax.Array], xs: list[jax.Array]) -> list[Extension]:
         sound = ok[..., None, None]
         upper = jnp.where(sound, upper * d[..., None, :], eye)
         inverse = jnp.where(sound, inverse / d[..., :, None], eye)
-        parts = zip(bases, p.ys, split((inverse, p.c @ inverse)), strict=True)
+        parts = zip(bases, p.ys, unjoin((inverse, p.c @ inverse), xs), strict=True)
         ys = [y @ inverse - basis @ c for basis, y, (inverse, c) in parts]
         shift = jnp.where(ok, p.shift, 100 * p.shift)
         return _Pass(ys, *products(ys), p.in_basis + p.c @ p.in_y, upper @ p.in_y, shift, p.passes + 1)
@@ -204,7 +201,7 @@ def _extend(bases: list[jax.Array], xs: list[jax.Array]) -> list[Extension]:
     # NaN rather than a basis that is none.
     upper, mix = cholesky(jnp.where(oblique(p), jnp.nan, jnp.concatenate([above, below], axis=-2)))
     coordinates = upper @ jnp.concatenate([p.in_basis, p.in_y], axis=-2) * top
-    parts = split((mix, upper[..., : c.shape[-2]], coordinates))
+    parts = unjoin((mix, upper[..., : c.shape[-2]], coordinates), xs)
     return [Extension(y, *part) for y, part in zip(p.ys, parts, strict=True)]
 
 

@@ -32,9 +32,7 @@ def together(f: Callable[..., Any], *columns: Sequence[Any]) -> list[Any]:
     """
 
     def batch(members: list[Any]) -> list[Any]:
-        if len(members) == 1:
-            return [f(*members[0])]
-        return apart(f(*join(members)), [members_of(jax.tree.leaves(row)[0]) for row in members])
+        return unjoin(f(*join(members)), members)
 
     rows = list(zip(*columns, strict=True))
     return in_groups(batch, rows, rows)
@@ -64,14 +62,21 @@ def alike(trees: Sequence[Any]) -> list[list[int]]:
 
 
 def join(trees: Sequence[Any]) -> Any:
-    """One tree from equal trees of arrays, after each other along their first axis."""
+    """One tree from equal trees of arrays, after each other along their first axis; one alone stays as it is."""
     if len(trees) == 1:
         return trees[0]
     return jax.tree.map(lambda *xs: jnp.concatenate([x if members_of(x) else x[None] for x in xs]), *trees)
 
 
+def unjoin(tree: Any, members: Sequence[Any]) -> list[Any]:
+    """The inverse of `join` for a tree that was made from the joined `members`, which may differ from them."""
+    if len(members) == 1:
+        return [tree]
+    return apart(tree, [members_of(jax.tree.leaves(member)[0]) for member in members])
+
+
 def apart(tree: Any, batches: Sequence[tuple[int, ...]]) -> list[Any]:
-    """The inverse of `join`: trees of `(batch..., any...)` from one of `(N, any...)`."""
+    """Trees of `(batch..., any...)` from one of `(N, any...)`, in which they lie after each other."""
     if len(batches) == 1:
         return [jax.tree.map(lambda x: x.reshape(*batches[0], *x.shape[1:]), tree)]
     starts = itertools.accumulate(map(math.prod, batches[:-1]), initial=0)

@@ -68,13 +68,11 @@ class Stacks:
         return self._split.first(stacks, self._split.ordinary(tree))
 
     def _scatter(self, tree: Any) -> Any:
+        stacks = [jax.tree.flatten(stack) for stack, *_ in self._split.groups(tree)]
+        changed = [{j: x for j, x in enumerate(leaves) if id(x) not in self._parts} for leaves, _ in stacks]
         each: list[Any] = []
-        for g, (stack, *others) in enumerate(self._split.groups(tree)):
-            treedef: Any
-            leaves, treedef = jax.tree.flatten(stack)
-            kept = {j: self._parts[id(x)][1] for j, x in enumerate(leaves) if id(x) in self._parts}
-            changed = {j: x for j, x in enumerate(leaves) if j not in kept}
-            (rows,) = self._split.unstack([changed], [1 + len(others)], [g])
+        for (leaves, treedef), rows in zip(stacks, self._split.unstack(changed), strict=True):
             for i, row in enumerate(rows):
-                each.append(treedef.unflatten(kept[j][i] if j in kept else row[j] for j in range(len(leaves))))
+                parts = (row[j] if j in row else self._parts[id(x)][1][i] for j, x in enumerate(leaves))
+                each.append(jax.tree.unflatten(treedef, parts))
         return self._split.merge_each(each, self._split.ordinary(tree))
