@@ -19,7 +19,6 @@ References:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ import jax.numpy as jnp
 from lowrank_optax import linalg
 from lowrank_optax.linalg import transpose
 from lowrank_optax.lowrank import LowRank
-from lowrank_optax.xla import apply_if, isolate, together
+from lowrank_optax.xla import apply_if, barrier, together
 
 
 class Columns(NamedTuple):
@@ -55,7 +54,7 @@ def columns(S: jax.Array, active: jax.Array) -> Columns:
       S: of the kernel.
       active: `(batch..., 1, r)` mask of the columns that are not padding.
     """
-    return isolate(_columns, S, active)
+    return barrier(_columns(S, active))
 
 
 @jax.jit
@@ -82,7 +81,7 @@ def gradient(W: LowRank, grads: LowRank, c: Columns) -> LowRank:
     exact to rounding. In a fresh column :math:`G_B = G^\top U` is known within the span of V, where it is
     :math:`V G_S^\top`.
     """
-    return isolate(_gradient, W, grads, c)
+    return barrier(_gradient(W, grads, c))
 
 
 @jax.jit
@@ -126,7 +125,7 @@ def norms(pairs: Sequence[LowRank], Ms: Sequence[jax.Array], cs: Sequence[Column
         [linalg.norm(x * c.inverse)[..., None, None] for x, c in zip(xs, cs, strict=True)]
         for xs in ([x.U for x in pairs], [x.V for x in pairs])
     )
-    return together(functools.partial(isolate, _norm), Ms, cs, of_u, of_v)
+    return together(_norm, Ms, cs, of_u, of_v)
 
 
 @jax.jit

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.xla import in_groups, isolate, join, unjoin
+from lowrank_optax.xla import barrier, in_groups, join, unjoin
 
 # A decorator. Accelerators multiply float32 as bfloat16 or TF32 unless told otherwise, and 1e-3 of W would be lost in
 # every step.
@@ -170,7 +170,7 @@ def _extend(bases: list[jax.Array], xs: list[jax.Array]) -> list[Extension]:
 
     def complement(p: _Pass) -> tuple[jax.Array, jax.Array]:
         """The norms of the columns of y, and the Gram matrix of their parts beside U relative to them."""
-        d = isolate(_column_norms, p.gram)
+        d = barrier(_column_norms(p.gram))
         return d, (p.gram - transpose(p.c) @ p.c) / (d[..., :, None] * d[..., None, :])
 
     def oblique(p: _Pass) -> jax.Array:

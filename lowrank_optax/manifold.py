@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from lowrank_optax import linalg
 from lowrank_optax.linalg import transpose
 from lowrank_optax.lowrank import LowRank
-from lowrank_optax.xla import isolate, together
+from lowrank_optax.xla import barrier, together
 
 
 def is_canonical(S: jax.Array) -> jax.Array:
@@ -103,7 +103,7 @@ def project(W: LowRank, grads: LowRank, active: jax.Array) -> LowRank:
       The triple (U_p, M, V_p), zero in the padded columns.
     """
     sigma = linalg.diag_part(W.S)
-    known, divisor = isolate(_known, sigma, active)
+    known, divisor = barrier(_known(sigma, active))
     bases = trim(W, active)
 
     def horizontal(basis: jax.Array, factor_grad: jax.Array) -> jax.Array:

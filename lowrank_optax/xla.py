@@ -72,30 +72,28 @@ def unjoin(tree: Any, members: Sequence[Any]) -> list[Any]:
     """The inverse of `join` for a tree that was made from the joined `members`, which may differ from them."""
     if len(members) == 1:
         return [tree]
-    return apart(tree, [members_of(jax.tree.leaves(member)[0]) for member in members])
+    return apart([tree], [[members_of(jax.tree.leaves(member)[0]) for member in members]])[0]
 
 
-def apart(tree: Any, batches: Sequence[tuple[int, ...]]) -> list[Any]:
-    """Trees of `(batch..., any...)` from one of `(N, any...)`, in which they lie after each other."""
-    if len(batches) == 1:
-        return [jax.tree.map(lambda x: x.reshape(*batches[0], *x.shape[1:]), tree)]
-    starts = itertools.accumulate(map(math.prod, batches[:-1]), initial=0)
-    # Behind a barrier the positions stay values, so that all slices of one shape are the same compiled code.
+def apart(trees: Sequence[Any], batches: Sequence[Sequence[tuple[int, ...]]]) -> list[list[Any]]:
+    """Of each tree of `(N, any...)` those of `(batch..., any...)` that lie in it after each other, by their batches."""
+    # Positions from behind a barrier are values, not constants: all slices of one shape are the same compiled code.
     # Without a sign they need no code that counts negative ones from the end.
-    positions = jax.lax.optimization_barrier([jnp.uint32(start) for start in starts])
-    return isolate(functools.partial(_apart, batches=tuple(batches)), tree, positions)
+    starts = [list(itertools.accumulate(map(math.prod, each[:-1]), initial=0)) for each in batches]
+    numbers = sorted({start for each in starts if len(each) > 1 for start in each})
+    trees, positions = barrier((list(trees), {start: jnp.uint32(start) for start in numbers}))
 
+    def part(x: jax.Array, start: int, batch: tuple[int, ...]) -> jax.Array:
+        if math.prod(batch) != x.shape[0]:
+            zero = jnp.zeros_like(positions[start])
+            at = [positions[start]] + [zero] * (x.ndim - 1)
+            x = jax.lax.dynamic_slice(x, at, (math.prod(batch), *x.shape[1:]))
+        return jax.lax.reshape(x, (*batch, *x.shape[1:]))
 
-@functools.partial(jax.jit, static_argnames="batches")  # traced once for each shape
-def _apart(tree: Any, positions: list[jax.Array], batches: tuple[tuple[int, ...], ...]) -> list[Any]:
-    zero = jnp.zeros_like(positions[0])
-
-    def part(i: jax.Array, batch: tuple[int, ...], x: jax.Array) -> jax.Array:
-        slice_ = jax.lax.dynamic_slice(x, [i] + [zero] * (x.ndim - 1), (math.prod(batch), *x.shape[1:]))
-        return jax.lax.reshape(slice_, (*batch, *x.shape[1:]))
-
-    places = zip(positions, batches, strict=True)
-    return [jax.tree.map(functools.partial(part, i, batch), tree) for i, batch in places]
+    return [
+        [jax.tree.map(functools.partial(part, start=i, batch=batch), tree) for i, batch in zip(at, each, strict=True)]
+        for tree, at, each in zip(trees, starts, batches, strict=True)
+    ]
 
 
 def apply_if(when: jax.Array, f: Callable[[Any], Any], x: Any) -> Any:
@@ -108,17 +106,24 @@ def apply_if(when: jax.Array, f: Callable[[Any], Any], x: Any) -> Any:
         return jax.lax.while_loop(lambda carry: carry[0], body, (when, x))[1]
 
 
-def isolate(f: Callable[..., Any], *args: Any) -> Any:
-    """`f(*args)`, f jitted, on CPU compiled on its own: not fused with what makes its arguments or uses its results.
+def barrier(tree: Any) -> Any:
+    """The same arrays; on CPU code that uses them is not fused with code that makes them.
 
     XLA on CPU fuses what makes a small array into every loop over a large one that reads it, and a slice into every
     user of it, together with what made the array it is taken from. Masks are then made again at every element, and
-    the position of a slice is a constant, so that code that is the same for all kernels is compiled once for each. A
-    call that is not inlined is not fused with what is around it.
+    the position of a slice is a constant, so that code that is the same for all kernels is compiled once for each. Its
+    own barriers are gone before it fuses; a call that is not inlined stays.
     """
 
-    def call(*args: Any) -> Any:
+    def call(tree: Any) -> Any:
         with set_xla_metadata(inlineable="false"):
-            return f(*args)
+            return _same(tree)
 
-    return jax.lax.platform_dependent(*args, cpu=call, default=f)
+    if not jax.tree.leaves(tree):
+        return tree
+    return jax.lax.platform_dependent(tree, cpu=call, default=lambda tree: tree)
+
+
+@jax.jit
+def _same(tree: Any) -> Any:
+    return tree

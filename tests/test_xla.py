@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lowrank_optax import linalg
-from lowrank_optax.xla import alike, apart, apply_if, isolate, join, together
+from lowrank_optax.xla import alike, apart, apply_if, barrier, join, together
 
 BATCHES: list[tuple[int, ...]] = [(), (3,), (2, 5), (1,), (0,), (4, 5)]
 
@@ -51,8 +51,11 @@ def test_apart_is_the_inverse_of_join() -> None:
     trees = [{"x": jnp.full((*s, 3), 1.0 + i), "y": jnp.full((*s[:1], 1, 1), i)} for i, s in enumerate(groups)]
     one = jax.tree.map(lambda x: x[0], trees[0])
     assert alike([*trees, {**one, "y": jnp.ones((1, 2))}, one]) == [[0, 1, 2, 4], [3]]
-    jax.tree.map(np.testing.assert_array_equal, apart(join(trees), [(4,), (1,), (0,)]), trees)
-    jax.tree.map(np.testing.assert_array_equal, apart(join([one, trees[1]]), [(), (1,)]), [one, trees[1]])
+    both = apart([join(trees), join([one, trees[1]])], [[(4,), (1,), (0,)], [(), (1,)]])
+    jax.tree.map(np.testing.assert_array_equal, both, [trees, [one, trees[1]]])
+    assert apart([], []) == []
+    (whole,) = apart([jnp.ones((6, 2))], [[(2, 3)]])
+    assert [x.shape for x in whole] == [(2, 3, 2)]
 
 
 @pytest.mark.parametrize("when", [False, True])
@@ -62,12 +65,20 @@ def test_apply_if(when: bool) -> None:
     jax.tree.map(lambda y, z: np.testing.assert_array_equal((1 + when) * y, z), x, result)
 
 
-def test_what_is_isolated_may_be_mapped_and_differentiated() -> None:
-    f = jax.jit(lambda x: jnp.sin(x) * x)
+def test_what_is_behind_a_barrier_may_be_mapped_and_differentiated() -> None:
+    f = lambda x: jnp.exp(barrier({"x": jnp.sin(x)})["x"])  # noqa: E731
     xs = jnp.linspace(0, 1, 5)
-    np.testing.assert_allclose(jax.vmap(lambda x: isolate(f, x))(xs), f(xs), rtol=1e-14)
-    np.testing.assert_allclose(jax.grad(lambda x: isolate(f, x))(0.3), np.sin(0.3) + 0.3 * np.cos(0.3), rtol=1e-14)
-    assert "call(" in jax.jit(lambda x: isolate(f, x) + 1).lower(xs).compile().as_text()
+    np.testing.assert_allclose(jax.vmap(f)(xs), np.exp(np.sin(xs)), rtol=1e-14)
+    np.testing.assert_allclose(jax.grad(f)(0.3), np.exp(np.sin(0.3)) * np.cos(0.3), rtol=1e-14)
+    assert barrier({"empty": None}) == {"empty": None}
+
+
+@pytest.mark.parametrize("f", [barrier, lambda x: x])
+def test_a_barrier_keeps_code_apart(f: Any) -> None:
+    """Without it a product and the sum that uses it are one piece of code."""
+    text = jax.jit(lambda x: f(x * 2) + x).lower(jnp.ones(8)).compile({"xla_backend_optimization_level": 1}).as_text()
+    bodies = [body for body in text.split("\n\n") if not body.startswith("ENTRY")]
+    assert any("multiply(" in body and "add(" in body for body in bodies) == (f is not barrier), text
 
 
 def test_bases_of_any_height_are_extended_together() -> None:

@@ -12,7 +12,7 @@ import optax
 
 from lowrank_optax import explicit
 from lowrank_optax.lowrank import LowRank, is_lowrank
-from lowrank_optax.xla import apart, isolate
+from lowrank_optax.xla import apart, barrier
 
 
 class Place(NamedTuple):
@@ -74,10 +74,11 @@ class Split:
         """
         if self._stacked:
             return [tree for (tree,) in trees]
-        return [
-            members[0] if self._alone[g] or not _holds_arrays(members) else isolate(_stack, members)
-            for g, members in zip(self._all(groups), trees, strict=True)
-        ]
+        members = list(zip(self._all(groups), trees, strict=True))
+        together = [i for i, (g, each) in enumerate(members) if self._goes_together(g, each)]
+        stacks = barrier([_stack(trees[i]) for i in together])
+        made = dict(zip(together, stacks, strict=True))
+        return [made[i] if i in made else each[0] for i, (_, each) in enumerate(members)]
 
     def unstack(
         self, trees: list[Any], sizes: list[int] | None = None, groups: Sequence[int] | None = None
@@ -86,10 +87,14 @@ class Split:
         sizes = self.sizes() if sizes is None else sizes
         if self._stacked:
             return [[tree] for tree in trees]
-        return [
-            [tree] * size if self._alone[g] or not _holds_arrays(tree) else apart(tree, [()] * size)
-            for g, tree, size in zip(self._all(groups), trees, sizes, strict=True)
-        ]
+        members = list(zip(self._all(groups), trees, sizes, strict=True))
+        together = [i for i, (g, tree, _) in enumerate(members) if self._goes_together(g, tree)]
+        parts = apart([trees[i] for i in together], [[()] * sizes[i] for i in together])
+        made = dict(zip(together, parts, strict=True))
+        return [made[i] if i in made else [tree] * size for i, (_, tree, size) in enumerate(members)]
+
+    def _goes_together(self, group: int, tree: Any) -> bool:
+        return not self._alone[group] and _holds_arrays(tree)
 
     def _all(self, groups: Sequence[int] | None) -> Sequence[int]:
         return range(len(self._groups)) if groups is None else groups
