@@ -34,17 +34,24 @@ from lowrank_optax.xla import apply_if, barrier, together
 class Columns(NamedTuple):
     """What the columns of a kernel are multiplied by, each `(batch..., 1, r)`; zero in padding.
 
+    Fresh columns belong to the kernel, but their singular value is zero.
+
     Attributes:
       left: those of U in A: square roots of the singular values, 1 in fresh columns.
       right: those of V in B: the same, 0 in fresh columns.
       inverse: 1 / right, 0 in fresh columns.
-      fresh: 1 in fresh columns, whose singular value is zero but which belong to the kernel, else 0.
+      active: 1.
     """
 
     left: jax.Array
     right: jax.Array
     inverse: jax.Array
-    fresh: jax.Array
+    active: jax.Array
+
+    @property
+    def fresh(self) -> jax.Array:
+        """1 in fresh columns, else 0."""
+        return self.left - self.right
 
 
 def columns(S: jax.Array, active: jax.Array) -> Columns:
@@ -54,26 +61,32 @@ def columns(S: jax.Array, active: jax.Array) -> Columns:
       S: of the kernel.
       active: `(batch..., 1, r)` mask of the columns that are not padding.
     """
-    return barrier(_columns(S, active))
-
-
-@jax.jit
-def _columns(S: jax.Array, active: jax.Array) -> Columns:
     sigma = linalg.diag_part(S)[..., None, :]
     known = active & (sigma > jnp.finfo(sigma.dtype).tiny)
-    fresh = (active & ~known).astype(sigma.dtype)
-    root = jnp.sqrt(jnp.where(known, sigma, 1.0))
-    right = jnp.where(known, root, 0.0)
-    return Columns(right + fresh, right, jnp.where(known, 1 / root, 0.0), fresh)
+    known, root = barrier((known, jnp.sqrt(jnp.where(known, sigma, 1.0))))
+    left, right, inverse = (jnp.where(mask, x, 0.0) for mask, x in ((active, root), (known, root), (known, 1 / root)))
+    return barrier(Columns(left, right, inverse, active.astype(sigma.dtype)))
 
 
-def balance(W: LowRank, c: Columns) -> tuple[jax.Array, jax.Array]:
-    """A and B with `W = A B^T`. Where sigma is zero, A = U and B = 0, so that B can move."""
-    return W.U * c.left, W.V * c.right
+def balance(W: LowRank, c: Columns) -> LowRank:
+    """The pair (A, 0, B) with `W = A B^T`. Where sigma is zero, A = U and B = 0, so that B can move."""
+    return LowRank(W.U * c.left, jnp.zeros_like(W.S), W.V * c.right)
 
 
-def gradient(W: LowRank, grads: LowRank, c: Columns) -> LowRank:
-    r"""The gradients with respect to A and B, from those of U, S and V.
+def halves(pair: LowRank) -> LowRank:
+    """What weight decay works on: at a rate c it multiplies W by (1 - c / 2)^2, 1 - c to first order."""
+    return LowRank(0.5 * pair.U, pair.S, 0.5 * pair.V)
+
+
+def move(pair: LowRank, step: LowRank, c: Columns) -> LowRank:
+    """The pair after a step, without what the step has in padding."""
+    u, v = (x + jnp.where(c.active > 0, d, 0.0) for x, d in ((pair.U, step.U), (pair.V, step.V)))
+    return LowRank(u, pair.S, v)
+
+
+@linalg.precise
+def gradients(Ws: Sequence[LowRank], grads: Sequence[LowRank], cs: Sequence[Columns]) -> list[LowRank]:
+    r"""The gradients with respect to A and B of all kernels, from those of U, S and V.
 
     .. math:: G_A = G B = G_U \,\mathrm{diag}(\sigma)^{-1/2}, \quad G_B = G^\top A = G_V \,\mathrm{diag}(\sigma)^{-1/2}
 
@@ -81,17 +94,14 @@ def gradient(W: LowRank, grads: LowRank, c: Columns) -> LowRank:
     exact to rounding. In a fresh column :math:`G_B = G^\top U` is known within the span of V, where it is
     :math:`V G_S^\top`.
     """
-    return barrier(_gradient(W, grads, c))
 
+    def begin(bs: list[jax.Array]) -> list[jax.Array]:
+        return [b + W.V @ (transpose(g.S) * c.fresh) for W, g, c, b in zip(Ws, grads, cs, bs, strict=True)]
 
-@jax.jit
-@linalg.precise
-def _gradient(W: LowRank, grads: LowRank, c: Columns) -> LowRank:
-    def begin(b: jax.Array) -> jax.Array:
-        return b + W.V @ (transpose(grads.S) * c.fresh)
-
-    b = apply_if(jnp.any(c.fresh > 0), begin, grads.V * c.inverse)
-    return LowRank(grads.U * c.inverse, jnp.zeros_like(grads.S), b)
+    any_fresh = jnp.any(jnp.stack([jnp.any(c.fresh > 0) for c in cs]))
+    bs = apply_if(any_fresh, begin, [g.V * c.inverse for g, c in zip(grads, cs, strict=True)])
+    pairs = zip(grads, cs, bs, strict=True)
+    return barrier([LowRank(g.U * c.inverse, jnp.zeros_like(g.S), b) for g, c, b in pairs])
 
 
 @linalg.precise
@@ -121,19 +131,15 @@ def norms(pairs: Sequence[LowRank], Ms: Sequence[jax.Array], cs: Sequence[Column
       Ms: those with respect to S, :math:`U^\top G V`.
       cs: the columns.
     """
-    of_u, of_v = (
-        [linalg.norm(x * c.inverse)[..., None, None] for x, c in zip(xs, cs, strict=True)]
-        for xs in ([x.U for x in pairs], [x.V for x in pairs])
-    )
-    return together(_norm, Ms, cs, of_u, of_v)
+    of_u, of_v = ([linalg.column_norms(x) for x in xs] for xs in ([x.U for x in pairs], [x.V for x in pairs]))
+    return together(_norm, Ms, cs, *barrier((of_u, of_v)))
 
 
-@jax.jit
 def _norm(M: jax.Array, c: Columns, of_u: jax.Array, of_v: jax.Array) -> jax.Array:
-    belong, known = c.left > 0, c.right > 0
+    belong, known = c.active > 0, c.right > 0
     parts = [linalg.norm(M * belong * transpose(belong))]
-    for whole, m in ((of_u[..., 0, 0], M), (of_v[..., 0, 0], transpose(M))):
-        inside = linalg.norm(m * known * transpose(belong))
+    for columns, m in ((of_u, M), (of_v, transpose(M))):
+        whole, inside = linalg.norm(columns * c.inverse), linalg.norm(m * known * transpose(belong))
         parts.append(jnp.sqrt(jnp.maximum(whole - inside, 0.0)) * jnp.sqrt(whole + inside))
     return linalg.norm(jnp.stack(parts, axis=-1)[..., None, :])
 
@@ -153,9 +159,7 @@ class Rebalancing(NamedTuple):
 
 
 @linalg.precise
-def rebalance(
-    lefts: Sequence[jax.Array], rights: Sequence[jax.Array], actives: Sequence[jax.Array]
-) -> list[Rebalancing]:
+def rebalance(pairs: Sequence[LowRank], actives: Sequence[jax.Array]) -> list[Rebalancing]:
     r"""Brings pairs to the canonical gauge, by two QR of the factors and an SVD of size r.
 
     .. math::
@@ -168,13 +172,12 @@ def rebalance(
     by a sigma, which may be small or zero.
 
     Args:
-      lefts: every A, `(batch..., m, r)`.
-      rights: every B, `(batch..., n, r)`.
+      pairs: every (A, 0, B).
       actives: masks `(batch..., 1, r)` of the columns that are not padding; the others of A and B are zero.
     """
-    factors = [*lefts, *rights]
+    factors = [x.U for x in pairs] + [x.V for x in pairs]
     extensions = linalg.extend([x[..., :0] for x in factors], factors)
-    left, right = extensions[: len(lefts)], extensions[len(lefts) :]
+    left, right = extensions[: len(pairs)], extensions[len(pairs) :]
 
     def turn(ra: jax.Array, rb: jax.Array, active: jax.Array) -> tuple[jax.Array, ...]:
         p, sigma, q = linalg.svd(ra @ transpose(rb))
@@ -193,6 +196,5 @@ def rebalance(
 
 def _unit(x: jax.Array, active: jax.Array) -> jax.Array:
     """The active columns, a mask `(batch..., 1, r)`, scaled to norm 1; zero columns and the rest are zero."""
-    top = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
-    x = jnp.where(active & (top > 0), x / jnp.where(top > 0, top, 1.0), 0.0)
-    return x / jnp.maximum(jnp.sqrt(jnp.sum(x * x, axis=-2, keepdims=True)), 1.0)
+    size = linalg.column_norms(x)
+    return jnp.where(active & (size > 0), x / jnp.where(size > 0, size, 1.0), 0.0)

@@ -46,6 +46,13 @@ def norm(x: jax.Array) -> jax.Array:
     return top[..., 0, 0] * jnp.sqrt(jnp.sum(scaled * scaled, axis=(-2, -1)))
 
 
+def column_norms(x: jax.Array) -> jax.Array:
+    """Norms `(..., 1, k)` of the columns, also where squares overflow or vanish."""
+    top = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
+    scaled = x / jnp.where(top > 0, top, jnp.ones_like(top))
+    return top * jnp.sqrt(jnp.sum(scaled * scaled, axis=-2, keepdims=True))
+
+
 def transpose(x: jax.Array) -> jax.Array:
     """Swaps the two matrix axes."""
     return jnp.swapaxes(x, -1, -2)
@@ -111,6 +118,8 @@ class _Pass(NamedTuple):
     ys: list[jax.Array]
     c: jax.Array  # U^T y
     gram: jax.Array  # y^T y
+    size: jax.Array  # the norms of the columns of y
+    beside: jax.Array  # the Gram matrix of their parts beside U, relative to those
     in_basis: jax.Array
     in_y: jax.Array
     shift: jax.Array
@@ -163,38 +172,33 @@ def _extend(bases: list[jax.Array], xs: list[jax.Array]) -> list[Extension]:
         # The factor keeps equal columns apart where the sum is rounded away, the sum where both are zero.
         return x / jnp.where(top > 0, top, 1.0) * (1 + 2 * eps * jnp.sign(noise)) + size * noise, top
 
-    def products(ys: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """U^T y and y^T y of all."""
+    def products(ys: list[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         c = join([transpose(basis) @ y for basis, y in zip(bases, ys, strict=True)])
-        return c, join([transpose(y) @ y for y in ys])
-
-    def complement(p: _Pass) -> tuple[jax.Array, jax.Array]:
-        """The norms of the columns of y, and the Gram matrix of their parts beside U relative to them."""
-        d = barrier(_column_norms(p.gram))
-        return d, (p.gram - transpose(p.c) @ p.c) / (d[..., :, None] * d[..., None, :])
+        gram = join([transpose(y) @ y for y in ys])
+        size = barrier(jnp.sqrt(diag_part(gram)))
+        return c, gram, size, (gram - transpose(c) @ c) / (size[..., :, None] * size[..., None, :])
 
     def oblique(p: _Pass) -> jax.Array:
-        return ~jnp.all(jnp.sum(jnp.square(complement(p)[1] - eye), axis=(-2, -1)) < 0.25)
+        return ~jnp.all(jnp.sum(jnp.square(p.beside - eye), axis=(-2, -1)) < 0.25)
 
     def improve(p: _Pass) -> _Pass:
-        d, h = complement(p)
-        upper, inverse = cholesky(h + p.shift[..., None, None] * eye)
+        upper, inverse = cholesky(p.beside + p.shift[..., None, None] * eye)
         # Rounding may leave a negative eigenvalue below -shift: the next pass has a larger shift.
         ok = jnp.isfinite(jnp.sum(inverse, axis=(-2, -1)))
         sound = ok[..., None, None]
-        upper = jnp.where(sound, upper * d[..., None, :], eye)
-        inverse = jnp.where(sound, inverse / d[..., :, None], eye)
+        upper = jnp.where(sound, upper * p.size[..., None, :], eye)
+        inverse = jnp.where(sound, inverse / p.size[..., :, None], eye)
         parts = zip(bases, p.ys, unjoin((inverse, p.c @ inverse), xs), strict=True)
         ys = [y @ inverse - basis @ c for basis, y, (inverse, c) in parts]
         shift = jnp.where(ok, p.shift, 100 * p.shift)
         return _Pass(ys, *products(ys), p.in_basis + p.c @ p.in_y, upper @ p.in_y, shift, p.passes + 1)
 
     ys, tops = map(list, zip(*map(start, xs), strict=True))
-    c, gram = products(ys)
+    c, gram, size, beside = products(ys)
     top = join(tops)
     eye = jnp.broadcast_to(jnp.eye(k, dtype=gram.dtype), gram.shape)
     shift = jnp.full(gram.shape[:-2], k * eps, gram.dtype)
-    p = _Pass(ys, c, gram, jnp.zeros_like(c), eye, shift, jnp.zeros((), jnp.int32))
+    p = _Pass(ys, c, gram, size, beside, jnp.zeros_like(c), eye, shift, jnp.zeros((), jnp.int32))
     p = jax.lax.while_loop(lambda p: (p.passes < 8) & oblique(p), improve, p)  # Five is the most that was seen.
     above = jnp.concatenate([join([transpose(basis) @ basis for basis in bases]), p.c], axis=-1)
     below = jnp.concatenate([transpose(p.c), p.gram], axis=-1)
@@ -257,11 +261,6 @@ def diag_part(x: jax.Array) -> jax.Array:
     """The diagonals `(..., k)` of square matrices, as sums: XLA on CPU fuses the gather of `jnp.diagonal` worse."""
     eye = jnp.eye(x.shape[-1], dtype=bool)
     return jnp.sum(jnp.where(jnp.broadcast_to(eye, x.shape), x, jnp.zeros_like(x)), axis=-1)
-
-
-@jax.jit
-def _column_norms(gram: jax.Array) -> jax.Array:
-    return jnp.sqrt(diag_part(gram))
 
 
 def diagonal(sigma: jax.Array) -> jax.Array:

@@ -121,13 +121,11 @@ class Method:
         return state._replace(inner_states={**state.inner_states, "kernel": part})
 
     def view(self, W: LowRank) -> Any:
-        """What the inner transformation sees of a kernel: W as a coefficient matrix, tangent vector or pair.
-
-        Of the pair it sees half, so that weight decay at a rate c multiplies W by (1 - c / 2)^2, 1 - c to first order.
-        """
+        """What the inner transformation sees of a kernel: W as a coefficient matrix, tangent vector or pair."""
         if self.momentum == "balanced":
-            root = 0.5 * jnp.sqrt(jnp.maximum(linalg.diag_part(W.S), 0.0))[..., None, :]
-            return LowRank(W.U * root, jnp.zeros_like(W.S), W.V * root)
+            return balanced.halves(
+                balanced.balance(W, balanced.columns(W.S, jnp.ones((*W.batch_shape, 1, W.rank), bool)))
+            )
         return LowRank(jnp.zeros_like(W.U), W.S, jnp.zeros_like(W.V)) if self.momentum == "tangent" else W.S
 
 
@@ -326,19 +324,16 @@ def balanced_step(method: Method, split: Split, point: Point, grads: Any, extra:
     ks = split.kernels(point.kernels)
     actives = [linalg.leading(k.rank, W.rank)[..., None, :] for W, k in zip(Ws, ks, strict=True)]
     columns = together(balanced.columns, [W.S for W in Ws], actives)
-    pairs = [balanced.gradient(*x) for x in zip(Ws, gs, columns, strict=True)]
+    gradients = balanced.gradients(Ws, gs, columns)
+    pairs = list(map(balanced.balance, Ws, columns))
     steps, inner_state = method.inner.update(
-        split.merge(pairs, split.ordinary(grads)),
+        split.merge(gradients, split.ordinary(grads)),
         method.map_mirrors(balanced.with_zero, split, point.inner_state),
-        split.merge(map(method.view, Ws), split.ordinary(point.params)),
+        split.merge(map(balanced.halves, pairs), split.ordinary(point.params)),
         **extra,
     )
-    factors = []
-    for W, c, d in zip(Ws, columns, split.kernels(steps), strict=True):
-        a, b = balanced.balance(W, c)
-        factors.append((a + jnp.where(c.left > 0, d.U, 0.0), b + jnp.where(c.left > 0, d.V, 0.0)))
-    moved = balanced.rebalance(*zip(*factors, strict=True), actives)
-    norms = balanced.norms(pairs, [g.S for g in gs], columns)
+    moved = balanced.rebalance(list(map(balanced.move, pairs, split.kernels(steps), columns)), actives)
+    norms = balanced.norms(gradients, [g.S for g in gs], columns)
     states = [k._replace(gradient_norm=norm) for k, norm in zip(ks, norms, strict=True)]
     changes = [turn_change(balanced.turn, x.x, x.y) for x in moved]
     new = [x.kernel for x in moved]
