@@ -72,27 +72,30 @@ def unjoin(tree: Any, members: Sequence[Any]) -> list[Any]:
     """The inverse of `join` for a tree that was made from the joined `members`, which may differ from them."""
     if len(members) == 1:
         return [tree]
-    return apart([tree], [[members_of(jax.tree.leaves(member)[0]) for member in members]])[0]
+    (parts,) = apart([(tree, [members_of(jax.tree.leaves(member)[0]) for member in members])])
+    return parts
 
 
-def apart(trees: Sequence[Any], batches: Sequence[Sequence[tuple[int, ...]]]) -> list[list[Any]]:
-    """Of each tree of `(N, any...)` those of `(batch..., any...)` that lie in it after each other, by their batches."""
+def apart(joined: Sequence[tuple[Any, Sequence[tuple[int, ...]]]]) -> list[list[Any]]:
+    """Of each `(tree, batches)`, arrays `(N, any...)`, the trees of `(batch..., any...)` that lie in it in order."""
+    starts = [list(itertools.accumulate(map(math.prod, batches[:-1]), initial=0)) for _, batches in joined]
     # Positions from behind a barrier are values, not constants: all slices of one shape are the same compiled code.
     # Without a sign they need no code that counts negative ones from the end.
-    starts = [list(itertools.accumulate(map(math.prod, each[:-1]), initial=0)) for each in batches]
-    numbers = sorted({start for each in starts if len(each) > 1 for start in each})
-    trees, positions = barrier((list(trees), {start: jnp.uint32(start) for start in numbers}))
+    numbers = {start: jnp.uint32(start) for start in sorted({start for each in starts for start in each})}
+    trees, positions = barrier(([tree for tree, _ in joined], numbers))
 
     def part(x: jax.Array, start: int, batch: tuple[int, ...]) -> jax.Array:
         if math.prod(batch) != x.shape[0]:
-            zero = jnp.zeros_like(positions[start])
-            at = [positions[start]] + [zero] * (x.ndim - 1)
+            at = [positions[start]] + [jnp.zeros_like(positions[start])] * (x.ndim - 1)
             x = jax.lax.dynamic_slice(x, at, (math.prod(batch), *x.shape[1:]))
         return jax.lax.reshape(x, (*batch, *x.shape[1:]))
 
     return [
-        [jax.tree.map(functools.partial(part, start=i, batch=batch), tree) for i, batch in zip(at, each, strict=True)]
-        for tree, at, each in zip(trees, starts, batches, strict=True)
+        [
+            jax.tree.map(functools.partial(part, start=i, batch=batch), tree)
+            for i, batch in zip(at, batches, strict=True)
+        ]
+        for tree, at, (_, batches) in zip(trees, starts, joined, strict=True)
     ]
 
 

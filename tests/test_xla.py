@@ -51,10 +51,10 @@ def test_apart_is_the_inverse_of_join() -> None:
     trees = [{"x": jnp.full((*s, 3), 1.0 + i), "y": jnp.full((*s[:1], 1, 1), i)} for i, s in enumerate(groups)]
     one = jax.tree.map(lambda x: x[0], trees[0])
     assert alike([*trees, {**one, "y": jnp.ones((1, 2))}, one]) == [[0, 1, 2, 4], [3]]
-    both = apart([join(trees), join([one, trees[1]])], [[(4,), (1,), (0,)], [(), (1,)]])
+    both = apart([(join(trees), [(4,), (1,), (0,)]), (join([one, trees[1]]), [(), (1,)])])
     jax.tree.map(np.testing.assert_array_equal, both, [trees, [one, trees[1]]])
-    assert apart([], []) == []
-    (whole,) = apart([jnp.ones((6, 2))], [[(2, 3)]])
+    assert apart([]) == []
+    (whole,) = apart([(jnp.ones((6, 2)), [(2, 3)])])
     assert [x.shape for x in whole] == [(2, 3, 2)]
 
 

@@ -74,11 +74,9 @@ class Split:
         """
         if self._stacked:
             return [tree for (tree,) in trees]
-        members = list(zip(self._all(groups), trees, strict=True))
-        together = [i for i, (g, each) in enumerate(members) if self._goes_together(g, each)]
-        stacks = barrier([_stack(trees[i]) for i in together])
-        made = dict(zip(together, stacks, strict=True))
-        return [made[i] if i in made else each[0] for i, (_, each) in enumerate(members)]
+        rows = list(zip(self._all(groups), trees, strict=True))
+        stacks = iter(barrier([_stack(members) for g, members in rows if self._goes_together(g, members)]))
+        return [next(stacks) if self._goes_together(g, members) else members[0] for g, members in rows]
 
     def unstack(
         self, trees: list[Any], sizes: list[int] | None = None, groups: Sequence[int] | None = None
@@ -87,11 +85,9 @@ class Split:
         sizes = self.sizes() if sizes is None else sizes
         if self._stacked:
             return [[tree] for tree in trees]
-        members = list(zip(self._all(groups), trees, sizes, strict=True))
-        together = [i for i, (g, tree, _) in enumerate(members) if self._goes_together(g, tree)]
-        parts = apart([trees[i] for i in together], [[()] * sizes[i] for i in together])
-        made = dict(zip(together, parts, strict=True))
-        return [made[i] if i in made else [tree] * size for i, (_, tree, size) in enumerate(members)]
+        rows = list(zip(self._all(groups), trees, sizes, strict=True))
+        parts = iter(apart([(tree, [()] * size) for g, tree, size in rows if self._goes_together(g, tree)]))
+        return [next(parts) if self._goes_together(g, tree) else [tree] * size for g, tree, size in rows]
 
     def _goes_together(self, group: int, tree: Any) -> bool:
         return not self._alone[group] and _holds_arrays(tree)
