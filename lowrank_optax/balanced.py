@@ -101,7 +101,7 @@ def gradients(Ws: Sequence[LowRank], grads: Sequence[LowRank], cs: Sequence[Colu
     any_fresh = jnp.any(jnp.stack([jnp.any(c.fresh > 0) for c in cs]))
     bs = apply_if(any_fresh, begin, [g.V * c.inverse for g, c in zip(grads, cs, strict=True)])
     pairs = zip(grads, cs, bs, strict=True)
-    return barrier([LowRank(g.U * c.inverse, jnp.zeros_like(g.S), b) for g, c, b in pairs])
+    return [barrier(LowRank(g.U * c.inverse, jnp.zeros_like(g.S), b)) for g, c, b in pairs]
 
 
 @linalg.precise

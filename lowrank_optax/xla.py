@@ -82,7 +82,7 @@ def apart(joined: Sequence[tuple[Any, Sequence[tuple[int, ...]]]]) -> list[list[
     # Positions from behind a barrier are values, not constants: all slices of one shape are the same compiled code.
     # Without a sign they need no code that counts negative ones from the end.
     numbers = {start: jnp.uint32(start) for start in sorted({start for each in starts for start in each})}
-    trees, positions = barrier(([tree for tree, _ in joined], numbers))
+    positions = barrier(numbers)
 
     def part(x: jax.Array, start: int, batch: tuple[int, ...]) -> jax.Array:
         if math.prod(batch) != x.shape[0]:
@@ -95,7 +95,7 @@ def apart(joined: Sequence[tuple[Any, Sequence[tuple[int, ...]]]]) -> list[list[
             jax.tree.map(functools.partial(part, start=i, batch=batch), tree)
             for i, batch in zip(at, batches, strict=True)
         ]
-        for tree, at, (_, batches) in zip(trees, starts, joined, strict=True)
+        for tree, at, (_, batches) in zip([barrier(tree) for tree, _ in joined], starts, joined, strict=True)
     ]
 
 

@@ -74,9 +74,8 @@ class Split:
         """
         if self._stacked:
             return [tree for (tree,) in trees]
-        rows = list(zip(self._all(groups), trees, strict=True))
-        stacks = iter(barrier([_stack(members) for g, members in rows if self._goes_together(g, members)]))
-        return [next(stacks) if self._goes_together(g, members) else members[0] for g, members in rows]
+        rows = zip(self._all(groups), trees, strict=True)
+        return [barrier(_stack(x)) if self._goes_together(g, x) else x[0] for g, x in rows]
 
     def unstack(
         self, trees: list[Any], sizes: list[int] | None = None, groups: Sequence[int] | None = None
