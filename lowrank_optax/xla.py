@@ -79,10 +79,10 @@ def unjoin(tree: Any, members: Sequence[Any]) -> list[Any]:
 def apart(joined: Sequence[tuple[Any, Sequence[tuple[int, ...]]]]) -> list[list[Any]]:
     """Of each `(tree, batches)`, arrays `(N, any...)`, the trees of `(batch..., any...)` that lie in it in order."""
     starts = [list(itertools.accumulate(map(math.prod, batches[:-1]), initial=0)) for _, batches in joined]
-    # Positions from behind a barrier are values, not constants: all slices of one shape are the same compiled code.
-    # Without a sign they need no code that counts negative ones from the end.
+    # Positions from behind a barrier, on accelerators XLA's own, are values, not constants: all slices of one shape are
+    # the same compiled code. Without a sign they need no code that counts negative ones from the end.
     numbers = {start: jnp.uint32(start) for start in sorted({start for each in starts for start in each})}
-    positions = barrier(numbers)
+    positions = barrier(jax.lax.optimization_barrier(numbers))
 
     def part(x: jax.Array, start: int, batch: tuple[int, ...]) -> jax.Array:
         if math.prod(batch) != x.shape[0]:
