@@ -78,11 +78,15 @@ def unjoin(tree: Any, members: Sequence[Any]) -> list[Any]:
 
 def apart(joined: Sequence[tuple[Any, Sequence[tuple[int, ...]]]]) -> list[list[Any]]:
     """Of each `(tree, batches)`, arrays `(N, any...)`, the trees of `(batch..., any...)` that lie in it in order."""
-    starts = [list(itertools.accumulate(map(math.prod, batches[:-1]), initial=0)) for _, batches in joined]
+    if not joined:
+        return []
+    (first, *others), batches = zip(*joined, strict=True)
+    starts = [list(itertools.accumulate(map(math.prod, each[:-1]), initial=0)) for each in batches]
     # Positions from behind a barrier, on accelerators XLA's own, are values, not constants: all slices of one shape are
-    # the same compiled code. Without a sign they need no code that counts negative ones from the end.
+    # the same compiled code. They share it with an array, because a call on constants alone is one too.
+    # Without a sign they need no code that counts negative ones from the end.
     numbers = {start: jnp.uint32(start) for start in sorted({start for each in starts for start in each})}
-    positions = barrier(jax.lax.optimization_barrier(numbers))
+    first, positions = barrier((first, jax.lax.optimization_barrier(numbers)))
 
     def part(x: jax.Array, start: int, batch: tuple[int, ...]) -> jax.Array:
         if math.prod(batch) != x.shape[0]:
@@ -91,11 +95,8 @@ def apart(joined: Sequence[tuple[Any, Sequence[tuple[int, ...]]]]) -> list[list[
         return jax.lax.reshape(x, (*batch, *x.shape[1:]))
 
     return [
-        [
-            jax.tree.map(functools.partial(part, start=i, batch=batch), tree)
-            for i, batch in zip(at, batches, strict=True)
-        ]
-        for tree, at, (_, batches) in zip([barrier(tree) for tree, _ in joined], starts, joined, strict=True)
+        [jax.tree.map(functools.partial(part, start=i, batch=batch), tree) for i, batch in zip(at, each, strict=True)]
+        for tree, at, each in zip([first, *map(barrier, others)], starts, batches, strict=True)
     ]
 
 
