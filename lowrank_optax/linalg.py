@@ -41,16 +41,18 @@ def signs(x: jax.Array) -> jax.Array:
 
 def norm(x: jax.Array) -> jax.Array:
     """Frobenius norm of every matrix of a batch, also where squares overflow or vanish."""
-    top = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
-    scaled = x / jnp.where(top > 0, top, jnp.ones_like(top))
-    return top[..., 0, 0] * jnp.sqrt(jnp.sum(scaled * scaled, axis=(-2, -1)))
+    return _norms(x, (-2, -1))[..., 0, 0]
 
 
 def column_norms(x: jax.Array) -> jax.Array:
     """Norms `(..., 1, k)` of the columns, also where squares overflow or vanish."""
-    top = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
+    return _norms(x, (-2,))
+
+
+def _norms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    top = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
     scaled = x / jnp.where(top > 0, top, jnp.ones_like(top))
-    return top * jnp.sqrt(jnp.sum(scaled * scaled, axis=-2, keepdims=True))
+    return top * jnp.sqrt(jnp.sum(scaled * scaled, axis=axes, keepdims=True))
 
 
 def transpose(x: jax.Array) -> jax.Array:

@@ -103,7 +103,8 @@ def project(W: LowRank, grads: LowRank, active: jax.Array) -> LowRank:
       The triple (U_p, M, V_p), zero in the padded columns.
     """
     sigma = linalg.diag_part(W.S)
-    known, divisor = barrier(_known(sigma, active))
+    known = active & (sigma > jnp.finfo(sigma.dtype).tiny)
+    known, divisor = barrier((known, jnp.where(known, sigma, 1.0)[..., None, :]))
     bases = trim(W, active)
 
     def horizontal(basis: jax.Array, factor_grad: jax.Array) -> jax.Array:
@@ -112,12 +113,6 @@ def project(W: LowRank, grads: LowRank, active: jax.Array) -> LowRank:
 
     m = jnp.where(active[..., None, :] & active[..., :, None], grads.S, 0.0)
     return LowRank(horizontal(bases.U, grads.U), m, horizontal(bases.V, grads.V))
-
-
-@jax.jit
-def _known(sigma: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
-    known = active & (sigma > jnp.finfo(sigma.dtype).tiny)
-    return known, jnp.where(known, sigma, 1.0)[..., None, :]
 
 
 @linalg.precise
