@@ -121,18 +121,20 @@ def start(task: Task, form: str, rank: int) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name.endswith("scale"):
             return jnp.ones(leaf.shape, leaf.dtype)
-        return _draw(leaf.shape, leaf.dtype, rank, form if task.is_kernel(name, leaf.shape) else "dense")
+        if form == "dense" or not task.is_kernel(name, leaf.shape):
+            return _draw(leaf.shape, leaf.dtype)
+        W = _draw(leaf.shape, leaf.dtype, rank)
+        return kernels.balanced(W) if form == "pair" else W
 
     return jax.tree_util.tree_map_with_path(one, jax.eval_shape(task.init, jax.random.key(0)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _draw(shape: tuple[int, ...], dtype: Any, rank: int, form: str) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _draw(shape: tuple[int, ...], dtype: Any, rank: int | None = None) -> Any:
     key = jax.random.key(0)
-    if form == "dense":
+    if rank is None:
         return jax.random.normal(key, shape, dtype) / shape[0] ** 0.5
-    W = lro.lowrank_init(rank)(key, shape, dtype)
-    return kernels.balanced(W) if form == "pair" else W
+    return lro.lowrank_init(rank)(key, shape, dtype)
 
 
 def pair_apply(model: nn.Module) -> Callable[..., Any]:
