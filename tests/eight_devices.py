@@ -20,7 +20,7 @@ import lowrank_optax as lro
 from benchmarks.communication import collectives, measure
 from tests import distributed as d
 
-STEPS = 100
+STEPS = 30
 MODES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 pytestmark = pytest.mark.usefixtures("settings_of_a_user")
 
