@@ -1,6 +1,5 @@
 """Strict settings for the whole suite; they must hold before the first JAX computation."""
 
-import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when JAX is imported
@@ -16,8 +15,6 @@ import pytest
 emitters = " --xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 12) else ""
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0" + emitters)
 
-# Tracing makes many objects that stay: with Python's thresholds looking through them is a twentieth of the suite.
-gc.set_threshold(200_000, 20, 100)
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
