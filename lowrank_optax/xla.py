@@ -86,7 +86,7 @@ def apart(joined: Sequence[tuple[Any, Sequence[tuple[int, ...]]]]) -> list[list[
     # the same compiled code. They share it with an array, because a call on constants alone is one too.
     # Without a sign they need no code that counts negative ones from the end.
     numbers = {start: jnp.uint32(start) for start in sorted({start for each in starts for start in each})}
-    first, positions = barrier((first, jax.lax.optimization_barrier(numbers)))
+    first, positions = barrier((first, numbers), elsewhere=lambda x: (x[0], jax.lax.optimization_barrier(x[1])))
 
     def part(x: jax.Array, start: int, batch: tuple[int, ...]) -> jax.Array:
         if math.prod(batch) != x.shape[0]:
@@ -110,8 +110,8 @@ def apply_if(when: jax.Array, f: Callable[[Any], Any], x: Any) -> Any:
         return jax.lax.while_loop(lambda carry: carry[0], body, (when, x))[1]
 
 
-def barrier(tree: Any) -> Any:
-    """The same arrays; on CPU code that uses them is not fused with code that makes them.
+def barrier(tree: Any, elsewhere: Callable[[Any], Any] = lambda tree: tree) -> Any:
+    """The same arrays; on CPU code that uses them is not fused with code that makes them, `elsewhere(tree)` tells.
 
     XLA on CPU fuses what makes a small array into every loop over a large one that reads it, and a slice into every
     user of it, together with what made the array it is taken from. Masks are then made again at every element, and
@@ -125,7 +125,7 @@ def barrier(tree: Any) -> Any:
 
     if not jax.tree.leaves(tree):
         return tree
-    return jax.lax.platform_dependent(tree, cpu=call, default=lambda tree: tree)
+    return jax.lax.platform_dependent(tree, cpu=call, default=elsewhere)
 
 
 @jax.jit

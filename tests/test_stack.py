@@ -171,8 +171,8 @@ def test_there_and_back() -> None:
     jax.tree.map(np.testing.assert_array_equal, back, twice(params))
     _, state = steps(tx, params, 1)
     again = Stacks(optax.adamw(0.1), Split(params, vectors=True), params)
-    back = again.unstack_state(twice(again.stack_state(state)))
-    jax.tree.map(np.testing.assert_array_equal, back, twice(state))
+    both = again.unstack_step(twice(again.stack(params)), twice(again.stack_state(state)))
+    jax.tree.map(np.testing.assert_array_equal, both, (twice(params), twice(state)))
 
 
 def test_what_a_step_leaves_alone_is_not_taken_from_a_stack() -> None:

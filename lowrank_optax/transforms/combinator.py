@@ -262,7 +262,7 @@ def fixed_rank(
             updates, state = move(
                 method_for(below, place), Split(below, stacked=True), at, stacked, grads, before, below
             )
-            return stacks.unstack(updates), stacks.unstack_state(state)
+            return stacks.unstack_step(updates, state)
 
         return place.auto(step, updates, state, params, like=(params, state))
 

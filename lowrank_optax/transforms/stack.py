@@ -6,6 +6,7 @@ itself. On stacks it is compiled once a shape; what grows with depth is one plac
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -41,19 +42,26 @@ class Stacks:
 
     def unstack(self, tree: Any) -> Any:
         """The inverse of `stack`."""
-
-        def one(like: Any, x: Any) -> Any:
-            return unflatten(x, like) if is_kernel(like) else x
-
-        return jax.tree.map(one, self._params, self._scatter(tree), is_leaf=is_kernel)
+        (tree,) = self._scatter([tree])
+        return self._unflatten(tree)
 
     def stack_state(self, state: Any) -> Any:
         """A `FixedRankState` for stacked parameters."""
         return self._map_state(self._gather, state)
 
-    def unstack_state(self, state: Any) -> Any:
-        """The inverse of `stack_state`; a stack that is still the one made there is not taken apart."""
-        return self._map_state(self._scatter, state)
+    def unstack_step(self, updates: Any, state: Any) -> tuple[Any, Any]:
+        """Updates and state after a step on stacks, taken apart together: what is still a stack made here is not."""
+        trees = [updates]
+        self._map_state(trees.append, state)
+        updates, *rest = self._scatter(trees)
+        each = iter(rest)
+        return self._unflatten(updates), self._map_state(lambda _: next(each), state)
+
+    def _unflatten(self, tree: Any) -> Any:
+        def one(like: Any, x: Any) -> Any:
+            return unflatten(x, like) if is_kernel(like) else x
+
+        return jax.tree.map(one, self._params, tree, is_leaf=is_kernel)
 
     def _map_state(self, f: Any, state: Any) -> Any:
         inner_state = optax.tree.map_params(self._inner, f, state.inner_state, is_leaf=lambda _: True)
@@ -67,12 +75,19 @@ class Stacks:
                 self._parts[id(x)] = x, parts
         return self._split.first(stacks, self._split.ordinary(tree))
 
-    def _scatter(self, tree: Any) -> Any:
-        stacks = [jax.tree.flatten(stack) for stack, *_ in self._split.groups(tree)]
+    def _scatter(self, trees: list[Any]) -> list[Any]:
+        stacks = [jax.tree.flatten(stack) for tree in trees for stack, *_ in self._split.groups(tree)]
         changed = [{j: x for j, x in enumerate(leaves) if id(x) not in self._parts} for leaves, _ in stacks]
+        sizes = self._split.sizes()
+        groups = list(range(len(sizes))) * len(trees)
         each: list[Any] = []
-        for (leaves, treedef), rows in zip(stacks, self._split.unstack(changed), strict=True):
+        for (leaves, treedef), rows in zip(
+            stacks, self._split.unstack(changed, sizes * len(trees), groups), strict=True
+        ):
             for i, row in enumerate(rows):
                 parts = (row[j] if j in row else self._parts[id(x)][1][i] for j, x in enumerate(leaves))
                 each.append(jax.tree.unflatten(treedef, parts))
-        return self._split.merge_each(each, self._split.ordinary(tree))
+        kernels = iter(each)
+        return [
+            self._split.merge_each(itertools.islice(kernels, sum(sizes)), self._split.ordinary(tree)) for tree in trees
+        ]
