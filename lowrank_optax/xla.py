@@ -111,12 +111,12 @@ def apply_if(when: jax.Array, f: Callable[[Any], Any], x: Any) -> Any:
 
 
 def barrier(tree: Any, elsewhere: Callable[[Any], Any] = lambda tree: tree) -> Any:
-    """The same arrays; on CPU code that uses them is not fused with code that makes them, `elsewhere(tree)` tells.
+    """The same arrays; on CPU code that uses them is not fused with code that makes them.
 
     XLA on CPU fuses what makes a small array into every loop over a large one that reads it, and a slice into every
     user of it, together with what made the array it is taken from. Masks are then made again at every element, and
     the position of a slice is a constant, so that code that is the same for all kernels is compiled once for each. Its
-    own barriers are gone before it fuses; a call that is not inlined stays.
+    own barriers are gone before it fuses; a call that is not inlined stays. On accelerators it is `elsewhere(tree)`.
     """
 
     def call(tree: Any) -> Any:

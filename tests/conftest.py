@@ -15,7 +15,6 @@ import pytest
 emitters = " --xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 12) else ""
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0" + emitters)
 
-
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

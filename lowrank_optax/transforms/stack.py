@@ -80,11 +80,10 @@ class Stacks:
         changed = [{j: x for j, x in enumerate(leaves) if id(x) not in self._parts} for leaves, _ in stacks]
         sizes = self._split.sizes()
         groups = list(range(len(sizes))) * len(trees)
+        rows = self._split.unstack(changed, sizes * len(trees), groups)
         each: list[Any] = []
-        for (leaves, treedef), rows in zip(
-            stacks, self._split.unstack(changed, sizes * len(trees), groups), strict=True
-        ):
-            for i, row in enumerate(rows):
+        for (leaves, treedef), members in zip(stacks, rows, strict=True):
+            for i, row in enumerate(members):
                 parts = (row[j] if j in row else self._parts[id(x)][1][i] for j, x in enumerate(leaves))
                 each.append(jax.tree.unflatten(treedef, parts))
         kernels = iter(each)
