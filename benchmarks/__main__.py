@@ -8,7 +8,7 @@
 
 On a CPU two settings hold for every method. Memory comes in huge pages: a compiled step takes its temporary arrays
 anew from the system each time, and in small pages handing them out is a quarter of the time of a low-rank update,
-half of that of dense AdamW's. And XLA orders operations by the memory they need, not by what could run at once: up to
+half of the time of dense AdamW's. And XLA orders operations by the memory they need, not by their readiness: up to
 30 % less memory.
 """
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--plain", action="store_true", help="leave memory and XLA's schedule on CPU as they come")
     args = parser.parse_args(argv)
     if not args.plain:
-        for variable, value in measure.SETTINGS.values():  # read when a process starts: by those of the cases
+        for variable, value in measure.SETTINGS.values():  # the processes of the cases read them when they start
             os.environ.setdefault(variable, value)
     machine = measure.machine()
     chosen = (cases.smoke if args.smoke else cases.every)(machine["platform"])

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import lowrank_optax as lro
 from benchmarks import measure, subjects
 from benchmarks.subjects import Size, Subject
 from lowrank_optax import linalg
 from lowrank_optax import manifold as mf
-from lowrank_optax.transforms.split import Split
-from lowrank_optax.xla import together
+from lowrank_optax.layout import map_kernel
 
 ALL = ["full", "full_muon", "galore", "factors", "lowrank_adam"]
 FEW = ["full", "factors", "lowrank_adam"]
@@ -97,48 +97,59 @@ def _update(update: measure.Program, subject: Subject, grads: Any) -> Any:
 
 
 def phases_case(size: Size, repeats: int) -> dict[str, Any]:
-    """Where the time of low-rank Adam with coefficient momentum goes.
+    """Where the time of low-rank Adam in the coefficient geometry goes.
 
-    The parts are programs of their own; what is left is called the rest.
+    Each part is a program of its own. It works on stacks of kernels of equal shape, as an update does.
     """
     subject = subjects.build("lowrank_adam:coefficient", size)
     gradient = measure.program(lambda p, b: subject.gradient(p, b)[1], subject.params, subject.batch)
     grads = gradient.call(subject.params, subject.batch)
     step = measure.program(subject.step, subject.params, subject.state, subject.batch)
     update = measure.program(subject.update, grads, subject.params, subject.state)
-    split = Split(subject.params)
-    Ws, gs = split.kernels(subject.params), split.kernels(grads)
-    active = [jnp.ones((*W.batch_shape, W.rank), bool) for W in Ws]
-    ranks = [jnp.full(W.batch_shape, W.rank, jnp.int32) for W in Ws]
 
     def each(f: Any) -> Any:
-        return jax.jit(lambda *lists: [f(*xs) for xs in zip(*lists, strict=True)])
+        """`f` of one kernel and of its other arguments, mapped over lists of stacks."""
+        return jax.jit(lambda *lists: [map_kernel(f, *xs) for xs in zip(*lists, strict=True)])
 
-    project, augment = each(mf.project), jax.jit(functools.partial(mf.augment, times=2))
-    householder = each(lambda x: linalg.orthonormalize(x))
-    xis = project(Ws, gs, active)
-    frames = augment(Ws, xis, ranks)
-    ys = each(lambda W, f, xi: mf.congruence(W.S, *f[2:4]) - 1e-3 * jnp.sign(mf.coefficients(xi.S, *f[2:])))(
-        Ws, frames, xis
-    )
-    retract = jax.jit(lambda ys: together(lambda y: mf.retract_svd(y, size.rank), ys))
-    assemble = each(mf.assemble)
-    points = retract(ys)
-    both = [jnp.concatenate(pair, -1) for W, xi in zip(Ws, xis, strict=True) for pair in ((W.U, xi.U), (W.V, xi.V))]
+    def bases_with_qr(W: lro.LowRank, xi: mf.Tangent) -> Any:
+        pairs = ((W.U, xi.Up), (W.V, xi.Vp))
+        return [linalg.orthonormalize(jnp.concatenate(pair, axis=1)) for pair in pairs]
+
+    def moved(W: lro.LowRank, bases: mf.Augmented, xi: mf.Tangent) -> jax.Array:
+        return mf.weight_coefficients(W, bases) - 1e-3 * jnp.sign(mf.tangent_coefficients(xi, bases))
+
+    project, augment, householder = each(mf.project), each(mf.augment), each(bases_with_qr)
+    retract = each(lambda W, y, bases: mf.retract_svd(y, bases, W.width))
+    assemble = each(lambda W, bases, point, rank: mf.assemble(bases, point, rank))
+    Ws, gs = stacks(subject.params), stacks(grads)
+    ranks = [jnp.full(W.batch_shape, W.width, jnp.int32) for W in Ws]
+    xis = project(Ws, gs, ranks)
+    bases = augment(Ws, xis, ranks)
+    ys = each(moved)(Ws, bases, xis)
+    points = retract(Ws, ys, bases)
     times = measure.interleaved(
         {
             "step": lambda: step.call(subject.params, subject.state, subject.batch),
             "backward": lambda: gradient.call(subject.params, subject.batch),
             "update": lambda: update.call(grads, subject.params, subject.state),
-            "project": lambda: project(Ws, gs, active),
+            "project": lambda: project(Ws, gs, ranks),
             "orthonormalise": lambda: augment(Ws, xis, ranks),
-            "Householder QR of the same": lambda: householder(both),
-            "small SVD": lambda: retract(ys),
-            "new factors": lambda: assemble(frames, points, ranks),
+            "Householder QR of the same": lambda: householder(Ws, xis),
+            "small SVD": lambda: retract(Ws, ys, bases),
+            "new factors": lambda: assemble(Ws, bases, points, ranks),
         },
         repeats,
     )
     return {"phases": {name: measure.summary(t) for name, t in times.items()}}
+
+
+def stacks(tree: Any) -> list[lro.LowRank]:
+    """The kernels of a tree, kernels of equal shape as one stack."""
+    groups: dict[tuple[int, ...], list[lro.LowRank]] = {}
+    for W in jax.tree.leaves(tree, is_leaf=lro.is_lowrank):
+        if lro.is_lowrank(W):
+            groups.setdefault(W.shape, []).append(W)
+    return [jax.tree.map(lambda *xs: jnp.stack(xs), *group) for group in groups.values()]
 
 
 def depth_case(size: Size, repeats: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What devices say to each other in a step, read off the compiled program.
+"""The bytes that devices exchange in a step, read off the compiled program.
 
     python -m benchmarks.communication
 
@@ -20,6 +20,7 @@ _ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*)\[(?P<shape>[\d,]*)\]")
 _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) .*\{$")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=%?([\w.-]+), false_computation=%?([\w.-]+)")
 _CALLED = re.compile(r"(?:body|to_apply|calls)=%?([\w.-]+)")
+_RARE = re.compile(r"cond_without_copy\)?/while")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -81,8 +82,8 @@ def collectives(compiled: Any, worst: bool = False) -> list[Collective]:
             elif called := _CALLED.search(line):
                 trips = _TRIPS.search(line)
                 often = int(trips[1]) if trips else 1
-                # A loop in the place of a branch, see `lowrank_optax.xla.apply_if`, usually does not run.
-                found += walk(called[1]) * (often if worst or "/apply_if/while" not in line else 0)
+                # A loop in the place of a branch, see `lowrank_optax.linalg.cond_without_copy`, usually does not run.
+                found += walk(called[1]) * (often if worst or not _RARE.search(line) else 0)
         return found
 
     return walk(entry)
@@ -143,11 +144,11 @@ def main() -> None:
     print(f"{devices} devices ({jax.devices()[0].device_kind}), jax {jax.__version__}, float32")
     optimizers = {
         "adam": lro.lowrank_adam(1e-3),
-        "adam, coefficient": lro.lowrank_adam(1e-3, momentum="coefficient"),
-        "adam, tangent": lro.lowrank_adam(1e-3, momentum="tangent"),
+        "adam, coefficient": lro.lowrank_adam(1e-3, geometry=lro.Coefficient()),
+        "adam, tangent": lro.lowrank_adam(1e-3, geometry=lro.Tangent()),
         "muon": lro.lowrank_muon(1e-3),
-        "muon, coefficient": lro.lowrank_muon(1e-3, momentum="coefficient"),
-        "muon, tangent": lro.lowrank_muon(1e-3, momentum="tangent"),
+        "muon, coefficient": lro.lowrank_muon(1e-3, geometry=lro.Coefficient()),
+        "muon, tangent": lro.lowrank_muon(1e-3, geometry=lro.Tangent()),
     }
     mesh = jax.make_mesh((devices // 2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     layouts = {

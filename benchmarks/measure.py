@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# What a process reads when it starts: name -> environment variable and value.
+# Settings that a process reads when it starts: name -> environment variable and value.
 SETTINGS = {
     "huge pages": ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),  # Linux with glibc 2.35 or newer; others ignore it
     "memory schedule": ("XLA_FLAGS", "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"),
@@ -20,7 +20,7 @@ SETTINGS = {
 
 
 def machine() -> dict[str, Any]:
-    """What the figures belong to."""
+    """The machine and the versions that figures belong to."""
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cpuinfo = Path("/proc/cpuinfo")
@@ -50,7 +50,7 @@ class Program:
 
 
 def quickly_compiled(f: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-    """Compiled `f`, on a CPU without optimisation: for what is not timed."""
+    """Compiled `f`, on a CPU without optimisation, for code that is not timed."""
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(f).lower(*args).compile(options)
 
@@ -68,7 +68,7 @@ def program(f: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> 
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of every call, in rounds: what disturbs the machine for a while disturbs all of them."""
+    """Milliseconds of every call, in rounds, so that a passing disturbance of the machine meets all calls."""
     for call in calls.values():
         jax.block_until_ready(call())
     times: dict[str, list[float]] = {name: [] for name in calls}

@@ -1,4 +1,4 @@
-"""What is measured: a transformer on random bytes, and one training step of it by each method."""
+"""The subjects of the measurements: a transformer on random bytes, and one training step of it by each method."""
 
 import dataclasses
 import functools
@@ -22,9 +22,9 @@ LABELS = {
     "galore": "dense, GaLore",
     "factors": "A B, AdamW",
     "lowrank_adam": "low-rank Adam",
-    "lowrank_adam:coefficient": "low-rank Adam, coefficient momentum",
-    "lowrank_adam:tangent": "low-rank Adam, tangent momentum",
-    "lowrank_adam:bug": "low-rank Adam, coefficient momentum, bug retraction",
+    "lowrank_adam:coefficient": "low-rank Adam, coefficient geometry",
+    "lowrank_adam:tangent": "low-rank Adam, tangent geometry",
+    "lowrank_adam:bug": "low-rank Adam, coefficient geometry, bug retraction",
 }
 
 
@@ -41,7 +41,7 @@ class Size:
 
     @property
     def config(self) -> pretrain.Pretrain:
-        # The schedule is that of a long run, so that GaLore changes its subspace every 200 steps, its default.
+        # The schedule of a long run, so that GaLore changes its subspace every 200 steps, its default.
         return pretrain.Pretrain(
             d=self.d,
             layers=self.layers,
@@ -75,8 +75,8 @@ def build(name: str, size: Size) -> Subject:
     name, _, option = name.partition(":")
     config = size.config
     if option:
-        retraction, momentum = ("bug", "coefficient") if option == "bug" else ("svd", option)
-        config = dataclasses.replace(config, retraction=retraction, momentum=momentum)
+        retraction, geometry = ("bug", "coefficient") if option == "bug" else ("svd", option)
+        config = dataclasses.replace(config, retraction=retraction, geometry=geometry)
     task, method = task_of(size), methods.METHODS[name]
     params = start(task, method.form, size.rank)
     tx = methods.optimizer(name, task, config)

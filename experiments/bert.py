@@ -28,7 +28,7 @@ NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class BERTConfig:
-    """Sizes of the encoder; the defaults are those of all-MiniLM-L6-v2."""
+    """Sizes of the encoder; by default the sizes of all-MiniLM-L6-v2."""
 
     d: int = 384
     layers: int = 6
@@ -56,7 +56,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Maps tokens (batch, length) to the mean (batch, d) of what the last layer makes of them."""
+    """Maps tokens (batch, length) to the mean (batch, d) of the outputs of the last layer."""
 
     config: BERTConfig
 

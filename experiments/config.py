@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from experiments.methods import METHODS
+from experiments.names import DEFAULT_GEOMETRY, GEOMETRIES, LEARNING_RATES
 from experiments.task import Task
 
 
@@ -33,7 +33,7 @@ class Config:
     smoke: ClassVar[Mapping[str, Any]] = {"steps": 6, "eval_every": 3, "log_every": 1, "save_every": 3}
     tuned: ClassVar[Mapping[str, float]] = {}  # the step size of each method, where it was searched for
 
-    method: str = option("full,lowrank_adam", f"one or several, separated by commas, of: {', '.join(METHODS)}")
+    method: str = option("full,lowrank_adam", f"one or several, separated by commas, of: {', '.join(LEARNING_RATES)}")
     steps: int = option(300, "training steps; the learning-rate schedule ends with them")
     batch: int = option(24, "examples a step")
     rank: int = option(16, "rank of every factored kernel, at most")
@@ -44,10 +44,9 @@ class Config:
     budget: int = option(0, "parameters that all kernels of lowrank_* may have together; 0 keeps the ranks")
     resize_every: int = option(0, "steps between fits of the factors' width to the ranks of lowrank_*; 0 keeps it")
     bucket: int = option(8, "the widths that factors are fitted to are multiples of this")
-    momentum: str = option("", "of lowrank_*; empty is its default", "", "balanced", "tangent", "coefficient")
-    gradient: str = option("projected", "of lowrank_*", "projected", "galerkin")
-    local_steps: int = option(1, "coefficient steps of a galerkin loop")
-    retraction: str = option("svd", "of lowrank_*", "svd", "bug")
+    geometry: str = option("", f"of lowrank_*: {', '.join(GEOMETRIES)}; empty is the method's own", "", *GEOMETRIES)
+    local_steps: int = option(1, "steps with frozen bases in a loop of --geometry galerkin")
+    retraction: str = option("svd", "of --geometry tangent and coefficient: svd or bug", "svd", "bug")
     lr: float = option(0.0, "peak step size of the factored kernels; 0 is the method's tuned one")
     lr_others: float = option(3e-3, "peak step size of AdamW for all other parameters")
     weight_decay: float = option(0.01, "decoupled weight decay")
@@ -57,9 +56,9 @@ class Config:
     save_every: int = option(100, "steps between checkpoints; 0 saves none")
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.methods if name not in METHODS]
+        unknown = [name for name in self.methods if name not in LEARNING_RATES]
         if unknown or not self.methods:
-            raise ConfigError(f"--method {self.method}: choose from {', '.join(METHODS)}")
+            raise ConfigError(f"--method {self.method}: choose from {', '.join(LEARNING_RATES)}")
         for field in dataclasses.fields(self):
             value, flag = getattr(self, field.name), field.name.replace("_", "-")
             choices = field.metadata["choices"]
@@ -72,9 +71,25 @@ class Config:
             raise ConfigError(f"--tolerance {self.tolerance}: at least 0 and below 1")
         if self.max_rank and self.max_rank < self.rank:
             raise ConfigError(f"--max-rank {self.max_rank}: at least the rank, {self.rank}")
+        for name in self.methods:
+            if name in DEFAULT_GEOMETRY:
+                self._check_geometry(name)
 
-        if self.resize_every and self.gradient == "galerkin":
-            raise ConfigError("--resize-every: a galerkin loop needs its width, use --gradient projected")
+    def _check_geometry(self, method: str) -> None:
+        """Raises ConfigError for options that the geometry of a method does not have."""
+        geometry = self.geometry_of(method)
+        where = f"{method} has the geometry {geometry}"
+        if geometry == "balanced" and (self.tolerance or self.budget):
+            flag = "--budget" if self.budget else "--tolerance"
+            raise ConfigError(f"{flag}: {where}, which keeps ranks; choose --geometry tangent, coefficient or galerkin")
+        if self.retraction != "svd" and geometry not in ("tangent", "coefficient"):
+            raise ConfigError(f"--retraction {self.retraction}: {where}; choose --geometry tangent or coefficient")
+        if self.retraction == "bug" and (self.tolerance or self.budget):
+            raise ConfigError("--retraction bug: keeps ranks; choose svd, or neither --tolerance nor --budget")
+        if self.local_steps > 1 and geometry != "galerkin":
+            raise ConfigError(f"--local-steps {self.local_steps}: {where}; choose --geometry galerkin")
+        if self.resize_every and geometry == "galerkin":
+            raise ConfigError("--resize-every: a galerkin loop needs its width; choose another --geometry")
 
     @property
     def methods(self) -> list[str]:
@@ -86,7 +101,11 @@ class Config:
         return False
 
     def learning_rate(self, method: str) -> float:
-        return self.lr or self.tuned.get(method, METHODS[method].learning_rate)
+        return self.lr or self.tuned.get(method, LEARNING_RATES[method])
+
+    def geometry_of(self, method: str) -> str:
+        """The geometry of a method on the manifold."""
+        return self.geometry or DEFAULT_GEOMETRY[method]
 
     def task(self) -> Task:
         raise NotImplementedError
@@ -99,7 +118,7 @@ def shared(name: str, default: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What concerns this process only."""
+    """Settings of this process only."""
 
     out: Path
     resume: bool = False

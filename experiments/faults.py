@@ -1,4 +1,4 @@
-"""Kill a training run at random moments and damage its checkpoints: what was saved must always come back.
+"""Kill a training run at random moments and damage its checkpoints: a saved state must always come back.
 
     python -m experiments faults                      # 200 kills and 200 damaged checkpoints, half an hour on one core
     python -m experiments faults --smoke              # two kills of a short run, four damaged checkpoints
@@ -48,7 +48,8 @@ METHOD = "lowrank_adam"
 # is off by one bit soon differs in all of them.
 FLAGS = (
     *("--method", METHOD, "--batch", "24", "--columns", "16", "--target-rank", "8"),
-    *("--condition", "100", "--rank", "2", "--max-rank", "12", "--tolerance", "0.005", "--lr", "0.05"),
+    *("--condition", "100", "--rank", "2", "--max-rank", "12", "--geometry", "tangent"),
+    *("--tolerance", "0.005", "--lr", "0.05"),
     *("--resize-every", "20", "--bucket", "2", "--save-every", "5", "--log-every", "50", "--eval-every", "3000"),
 )
 START, LIFE = 3.5, 1.5  # seconds: at most before a kill during the start, and after the first checkpoint
@@ -67,7 +68,7 @@ def digest(tree: Any) -> str:
 
 
 def states(config: matrix.Matrix) -> Iterator[tuple[int, Any]]:
-    """What a run that is never interrupted saves."""
+    """The checkpoints of a run that is never interrupted."""
     task, _, _ = trainer.build(config, METHOD)
     state = trainer.create_state(config, METHOD)
     for step in range(1, config.steps + 1):

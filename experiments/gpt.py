@@ -11,7 +11,7 @@ VOCABULARY = 256
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of the model; `dtype` is that of the activations, parameters stay float32."""
+    """Sizes of the model, and the `dtype` of the activations; parameters stay float32."""
 
     d: int = 128
     layers: int = 3

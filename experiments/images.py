@@ -116,7 +116,7 @@ def digits(path: Path) -> Images:
 
 
 def idx(folder: Path, name: str, flip: bool) -> Images:
-    """The four IDX files of MNIST and of what comes in its format."""
+    """The four IDX files of MNIST and of data in its format."""
 
     def split(part: str) -> Split:
         images = _idx_file(folder / IDX_IMAGES.format(part), 3)[..., None]

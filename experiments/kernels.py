@@ -41,15 +41,15 @@ def balanced(W: lro.LowRank) -> Pair:
 
 def zero_pair(key: jax.Array, W: lro.LowRank) -> Pair:
     """LoRA's start: A random with unit gain, B = 0."""
-    fan_in = W.U.size // W.rank
+    fan_in = W.U.size // W.width
     A = jax.random.normal(key, W.U.shape, W.dtype) / jnp.sqrt(fan_in)
-    return Pair(A, jnp.zeros((W.rank, *W.out_shape), W.dtype))
+    return Pair(A, jnp.zeros((W.width, *W.out_shape), W.dtype))
 
 
 def zero_lowrank(key: jax.Array, W: lro.LowRank) -> lro.LowRank:
     """S = 0 between random orthonormal bases: the first gradient of S is not zero, so the first step counts."""
     split = lro.Axes(len(W.batch_shape), len(W.in_shape))
-    W = lro.lowrank_init(W.rank, axes=split)(key, W.shape, W.dtype)
+    W = lro.lowrank_init(W.width, axes=split)(key, W.shape, W.dtype)
     return lro.LowRank(W.U, jnp.zeros_like(W.S), W.V)
 
 

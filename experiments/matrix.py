@@ -8,10 +8,11 @@ The loss is that of an m x n matrix W against a target T of known singular value
 
     L(W) = 1/2 sum w (W - T)^2,   T = P diag(sigma) Q^T,   1 = sigma_1 >= ... >= sigma_r = 1 / condition,
 
-with weights w in [1/2, 1]. It is well conditioned in W and has no noise, so what keeps a method from T is the form in
-which it keeps W: the gradient of a factor is that of W times the other factors, and a direction of singular value
-sigma turns at a speed of about sigma in A B and of sigma^2 in U S V. Only a relative error below 1 / condition shows
-that every direction was found. At condition 1e4 expect low rank at the rounding of float32, the factors far above.
+with weights w in [1/2, 1]. It is well conditioned in W and has no noise, so only the form in which a method keeps W
+keeps it from T: the gradient of a factor is the gradient of W times the other factors, and a direction of singular
+value sigma turns at a speed of about sigma in A B and of sigma^2 in U S V. Only a relative error below 1 / condition
+shows that every direction was found. At condition 1e4 expect low rank at the rounding of float32, the factors far
+above.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The methods that the experiments compare, as data: how a kernel is kept, and what steps it.
+"""The methods that the experiments compare, as data: the form of a kernel, and the optimizer that moves it.
 
     full                dense kernels, AdamW
     full_muon           dense kernels, `optax.contrib.muon`
@@ -22,7 +22,7 @@ at first. Every method trains all other parameters by the same AdamW.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -31,14 +31,12 @@ import optax
 
 import lowrank_optax as lro
 from experiments import kernels
+from experiments.config import Config
 from experiments.task import Params, Task
-from lowrank_optax.optimizers import balanced_where_allowed
-
-if TYPE_CHECKING:
-    from experiments.config import Config
 
 B2 = 0.99
 BETA = 0.9  # of heavy ball
+BETA_MUON = 0.95
 CLIP = 1.0
 WARM_UP = 0.1  # of the steps
 
@@ -47,33 +45,29 @@ Schedule = Callable[[Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """How kernels are kept, how they are stepped, and a step size to begin a search with.
+    """How kernels are kept and how they are stepped.
 
-    An optimizer on the manifold is also given what steps all other leaves, which it applies to them itself.
+    An optimizer on the manifold also gets the optimizer of all other leaves, which it applies to them itself, and the
+    name of its geometry.
     """
 
     form: str
     optimizer: Callable[..., optax.GradientTransformation]
-    learning_rate: float
-
-    @property
-    def on_manifold(self) -> bool:
-        """Whether ranks may change within the width of the factors."""
-        return self.optimizer in (_lowrank_adam, _lowrank_heavy_ball, _lowrank_muon)
+    on_manifold: bool = False
 
 
-def _adamw(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
+def _adamw(schedule: Schedule, config: Config) -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(CLIP)
     return optax.chain(clip, optax.adamw(schedule, b2=B2, weight_decay=config.weight_decay))
 
 
-def _heavy_ball(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
+def _heavy_ball(schedule: Schedule, config: Config) -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(CLIP)
     decay = optax.add_decayed_weights(config.weight_decay)
     return optax.chain(clip, optax.trace(BETA), decay, optax.scale_by_learning_rate(schedule))
 
 
-def _muon(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
+def _muon(schedule: Schedule, config: Config) -> optax.GradientTransformation:
     def matrix(x: jax.Array) -> Any:
         return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1)
 
@@ -83,58 +77,76 @@ def _muon(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
     return optax.contrib.muon(schedule, weight_decay=config.weight_decay, muon_weight_dimension_numbers=axes)
 
 
-def _galore(schedule: Schedule, config: "Config") -> optax.GradientTransformation:
+def _galore(schedule: Schedule, config: Config) -> optax.GradientTransformation:
     gap = max(1, config.steps // 30)  # the default, 200, would leave short runs with one or two bases
     inner = optax.scale_by_adam(b2=B2)
     return optax.contrib.galore(schedule, config.rank, gap, base_optimizer=inner, weight_decay=config.weight_decay)
 
 
-def _geometry(config: "Config") -> dict[str, Any]:
-    """The options of `lro.fixed_rank` that the config names."""
-    policy = None
+def _lowrank_adam(schedule: Schedule, config: Config, others: optax.GradientTransformation, geometry: str) -> Any:
+    return _on_manifold(_adamw(schedule, config), config, others, geometry)
+
+
+def _lowrank_heavy_ball(schedule: Schedule, config: Config, others: optax.GradientTransformation, geometry: str) -> Any:
+    return _on_manifold(_heavy_ball(schedule, config), config, others, geometry)
+
+
+def _lowrank_muon(schedule: Schedule, config: Config, others: optax.GradientTransformation, geometry: str) -> Any:
+    if geometry != "galerkin":
+        options = {"geometry": _geometry(config, geometry), "ordinary": others}
+        return lro.lowrank_muon(schedule, BETA_MUON, weight_decay=config.weight_decay, **options)
+    inner = optax.chain(
+        optax.trace(BETA_MUON, nesterov=True),
+        lro.scale_by_polar_factor(),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(schedule),
+    )
+    return _on_manifold(inner, config, others, geometry)
+
+
+def _on_manifold(
+    inner: optax.GradientTransformation, config: Config, others: optax.GradientTransformation, geometry: str
+) -> Any:
+    """`inner` for kernels, with its clipping inside, where it clips coordinates; `others` for other leaves."""
+    both = optax.partition({"kernel": inner, "ordinary": others}, lro.kernel_labels)
+    if geometry != "galerkin":
+        return lro.fixed_rank(both, geometry=_geometry(config, geometry))
+    # All other leaves move with every batch, as with the methods without a loop.
+    return lro.galerkin(both, config.local_steps, rank=_policy(config), move_ordinary=True)
+
+
+def _geometry(config: Config, name: str) -> lro.geometry.Geometry:
+    if name == "balanced":
+        return lro.Balanced()
+    kind = lro.Tangent if name == "tangent" else lro.Coefficient
+    return kind(rank=_policy(config), retraction=config.retraction)
+
+
+def _policy(config: Config) -> lro.RankPolicy | None:
     if config.budget:
-        policy = lro.budget(config.budget)
-    elif config.tolerance:
-        policy = lro.tolerance(config.tolerance)
-    options = {"gradient": config.gradient, "local_steps": config.local_steps, "retraction": config.retraction}
-    # All other leaves move with every batch, as those of the methods without a loop.
-    return {**options, "rank": policy, "momentum": config.momentum or None, "move_ordinary": True}
-
-
-def _lowrank_adam(schedule: Schedule, config: "Config", others: optax.GradientTransformation) -> Any:
-    # lro.lowrank_adam with its default momentum and clipping, which must be inside to act on what the step sees.
-    g = _geometry(config)
-    g["momentum"] = balanced_where_allowed(g["momentum"], g["gradient"], g["retraction"], g["rank"])
-    return lro.fixed_rank(_adamw(schedule, config), **g, ordinary=others, stack="all")
-
-
-def _lowrank_heavy_ball(schedule: Schedule, config: "Config", others: optax.GradientTransformation) -> Any:
-    return lro.fixed_rank(_heavy_ball(schedule, config), **_geometry(config), ordinary=others, stack="all")
-
-
-def _lowrank_muon(schedule: Schedule, config: "Config", others: optax.GradientTransformation) -> Any:
-    return lro.lowrank_muon(schedule, weight_decay=config.weight_decay, **_geometry(config), ordinary=others)
+        return lro.budget(config.budget)
+    return lro.tolerance(config.tolerance) if config.tolerance else None
 
 
 METHODS: dict[str, Method] = {
-    "full": Method("dense", _adamw, 3e-3),
-    "full_muon": Method("dense", _muon, 2e-2),
-    "full_heavy_ball": Method("dense", _heavy_ball, 0.3),
-    "galore": Method("dense", _galore, 1e-2),
-    "lora": Method("zero pair", _adamw, 3e-3),
-    "lora_muon": Method("zero pair", _muon, 2e-2),
-    "factors": Method("pair", _adamw, 1.5e-3),
-    "factors_muon": Method("pair", _muon, 2e-2),
-    "factors_heavy_ball": Method("pair", _heavy_ball, 0.3),
-    "naive": Method("low rank", _adamw, 3e-3),
-    "naive_heavy_ball": Method("low rank", _heavy_ball, 0.3),
-    "lowrank_adam": Method("low rank", _lowrank_adam, 6e-3),
-    "lowrank_heavy_ball": Method("low rank", _lowrank_heavy_ball, 0.3),
-    "lowrank_muon": Method("low rank", _lowrank_muon, 2e-2),
+    "full": Method("dense", _adamw),
+    "full_muon": Method("dense", _muon),
+    "full_heavy_ball": Method("dense", _heavy_ball),
+    "galore": Method("dense", _galore),
+    "lora": Method("zero pair", _adamw),
+    "lora_muon": Method("zero pair", _muon),
+    "factors": Method("pair", _adamw),
+    "factors_muon": Method("pair", _muon),
+    "factors_heavy_ball": Method("pair", _heavy_ball),
+    "naive": Method("low rank", _adamw),
+    "naive_heavy_ball": Method("low rank", _heavy_ball),
+    "lowrank_adam": Method("low rank", _lowrank_adam, on_manifold=True),
+    "lowrank_heavy_ball": Method("low rank", _lowrank_heavy_ball, on_manifold=True),
+    "lowrank_muon": Method("low rank", _lowrank_muon, on_manifold=True),
 }
 
 
-def factor(method: Method, task: Task, params: Params, config: "Config", key: jax.Array) -> Params:
+def factor(method: Method, task: Task, params: Params, config: Config, key: jax.Array) -> Params:
     """The dense parameters with every kernel in the form of the method."""
     if method.form == "dense":
         return scale_kernels(task, params, config.dense_scale)
@@ -172,7 +184,7 @@ def apply(method: Method, model: nn.Module) -> Callable[..., Any]:
 
 
 def labels(task: Task, params: Params) -> Any:
-    """The tree, ending at kernels, of what steps a leaf: "kernels", "others", or nothing for "frozen"."""
+    """A tree that ends at kernels, with the optimizer of each leaf: "kernels", "others", or "frozen" for none."""
 
     def label(path: tuple, leaf: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -194,7 +206,7 @@ def trained_parameters(task: Task, params: Params) -> int:
     return sum(jax.tree.leaves(jax.tree.map(count, labels(task, params), params)))
 
 
-def optimizer(name: str, task: Task, config: "Config") -> optax.GradientTransformation:
+def optimizer(name: str, task: Task, config: Config) -> optax.GradientTransformation:
     """The method for the kernels and AdamW for all other leaves, each clipped by itself."""
 
     def schedule(peak: float) -> Schedule:
@@ -209,7 +221,7 @@ def optimizer(name: str, task: Task, config: "Config") -> optax.GradientTransfor
         names = labels(task, params)
         return jax.tree.map(lambda x: "kernels" if x == "others" and method.on_manifold else x, names)
 
-    of_kernels = step(others) if method.on_manifold else step()
+    of_kernels = step(others, config.geometry_of(name)) if method.on_manifold else step()
     return optax.partition({"kernels": of_kernels, "others": others, "frozen": optax.set_to_zero()}, who)
 
 

@@ -15,7 +15,7 @@ class Metrics:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, **record: Any) -> None:
-        """Write one line at once, so that a killed run keeps what it had."""
+        """Write one line at once, so that a killed run keeps its records."""
         self._file.write(_line(record))
         self._file.flush()
 

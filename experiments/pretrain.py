@@ -37,12 +37,12 @@ class Pretrain(Config):
         "factors_muon": 1e-2,
         "naive": 3e-3,
         "lowrank_adam": 6e-3,
-        "lowrank_adam:momentum=coefficient": 1.2e-2,
-        "lowrank_adam:momentum=tangent": 1.2e-2,
+        "lowrank_adam:geometry=coefficient": 1.2e-2,
+        "lowrank_adam:geometry=tangent": 1.2e-2,
         "lowrank_heavy_ball": 0.3,
         "lowrank_muon": 2e-2,
-        "lowrank_muon:momentum=coefficient": 4e-2,
-        "lowrank_muon:momentum=tangent": 2e-2,
+        "lowrank_muon:geometry=coefficient": 4e-2,
+        "lowrank_muon:geometry=tangent": 2e-2,
     }
     smoke: ClassVar[Mapping[str, Any]] = {
         **Config.smoke,

@@ -2,7 +2,7 @@
 
     python -m experiments report
 
-A block of RESULTS.md says what it shows, and everything up to its end is written anew:
+A block of RESULTS.md names the runs that it shows, and everything up to its end is written anew:
 
     <!-- runs: pretrain steps=300 labels=full,lora,lowrank_adam show=table,curves -->
     <!-- end -->
@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.methods import METHODS
+from experiments.names import LEARNING_RATES
 from experiments.sweep import final, read
 
 BLOCK = re.compile(r"(<!-- runs: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -58,10 +58,9 @@ def select(runs: list[Run], settings: dict[str, str], labels: list[str] | None) 
     """The rows of a block."""
     groups: dict[str, list[Run]] = collections.defaultdict(list)
     for run in runs:
-        named = {pair.split("=")[0] for pair in run["label"].split(":")[1:]}
-        if all(str(run["settings"].get(k)) == v or k in named for k, v in settings.items()):
+        if all(str(run["settings"].get(k)) == v for k, v in settings.items()):
             groups[run["label"]].append(run)
-    order = labels or sorted(groups, key=lambda x: (list(METHODS).index(x.split(":")[0]), x))
+    order = labels or sorted(groups, key=lambda x: (list(LEARNING_RATES).index(x.split(":")[0]), x))
     missing = [label for label in order if label not in groups]
     if missing:
         sys.exit(f"no runs of {', '.join(missing)} with {settings}")
@@ -191,7 +190,7 @@ def draw(kind: str, rows: list[Row], title: str, path: Path) -> None:
 
 
 def block(words: str, folder: Path) -> str:
-    """What belongs into a block of RESULTS.md, and its pictures as files."""
+    """The text of a block of RESULTS.md, and its pictures as files."""
     experiment, *pairs = words.split()
     options = dict(pair.split("=", 1) for pair in pairs)
     labels = options.pop("labels", "")

@@ -1,10 +1,10 @@
 """Search the step size of every method by the same rule, then repeat the best with more seeds.
 
-    python -m experiments sweep pretrain --method full lowrank_adam lowrank_adam:momentum=tangent -- --steps 1500
+    python -m experiments sweep pretrain --method full lowrank_adam lowrank_adam:geometry=tangent -- --steps 1500
 
 A method may carry settings of its own, each after a colon. For each the step size moves by factors of two from the one
-the experiment gives, on the first seed, until the best lies inside the grid; then the other seeds run at the best. What
-follows `--` goes to every run. Each finished run adds one line to `results/<experiment>.jsonl`, and a run that is
+the experiment gives, on the first seed, until the best lies inside the grid; then the other seeds run at the best. All
+settings after `--` go to every run. Each finished run adds one line to `results/<experiment>.jsonl`, and a run that is
 there already is not repeated: start the same command again after an interruption.
 """
 
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from experiments import metrics
 from experiments.config import parse
-from experiments.methods import METHODS
+from experiments.names import LEARNING_RATES
 
 NOT_SETTINGS = {"eval_every", "log_every", "save_every"}  # they change no number
 DIVERGED = math.inf
@@ -132,7 +132,7 @@ class Sweep:
         method = label.split(":")[0]
         own = dict(pair.split("=") for pair in label.split(":")[1:])
         tuned = self.config.tuned
-        lr = float(own.get("lr", tuned.get(label, tuned.get(method, METHODS[method].learning_rate))))
+        lr = float(own.get("lr", tuned.get(label, tuned.get(method, LEARNING_RATES[method]))))
         tried = {lr: self.run(label, lr, seeds[0])}
         while True:
             # The first of equals, so that a flat search ends; of those that diverged the smallest, to go down from.

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import metrics
-from experiments.methods import METHODS
+from experiments.names import LEARNING_RATES
 
 COLUMNS = ("method", "parameters", "optimizer state (bytes)", "step (ms)", "validation loss")
 
@@ -72,8 +72,8 @@ def write(folder: Path) -> None:
 
 
 def _place(name: str) -> tuple[int, str]:
-    """Methods in the order in which `METHODS` lists them."""
-    return list(METHODS).index(name) if name in METHODS else len(METHODS), name
+    """Methods in the order in which `LEARNING_RATES` lists them."""
+    return list(LEARNING_RATES).index(name) if name in LEARNING_RATES else len(LEARNING_RATES), name
 
 
 def _row(header: dict[str, Any], records: list[dict[str, Any]]) -> tuple[str, ...]:

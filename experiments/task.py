@@ -1,4 +1,4 @@
-"""What an experiment trains, and on what: everything the trainer needs to know of it."""
+"""The task of an experiment: its model, data and loss, everything that the trainer needs."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ class Task:
       batch: the training batch of a seed and a step, and of nothing else.
       validation: batches to average loss and metrics over.
       unit: of the loss.
-      work: what a batch is counted in, and how many of them it holds.
+      work: the unit in which a batch is counted, and how many units it holds.
       is_frozen: which other parameters, by path, keep their first values.
     """
 

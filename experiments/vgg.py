@@ -27,5 +27,5 @@ class VGG(nn.Module):
 
 
 def is_kernel(path: str, shape: tuple[int, ...]) -> bool:
-    """The kernels that are factored: all but those of the first convolution and of the classifier."""
+    """The kernels that are factored: all but the kernels of the first convolution and of the classifier."""
     return path.endswith("kernel") and not path.startswith(("conv_0/", "head/"))

@@ -1,53 +1,65 @@
 """Low-rank training for JAX: kernels kept as U S V^T, and Optax transformations that move them on their manifold."""
 
-from lowrank_optax import checkpoint as checkpoint
-from lowrank_optax import linen as linen
+import importlib
+from typing import Any
+
+from lowrank_optax import geometry as geometry
 from lowrank_optax import manifold as manifold
-from lowrank_optax import nnx as nnx
-from lowrank_optax.export import export_lora
+from lowrank_optax.average import incremental_update
+from lowrank_optax.chainable import clip_by_tangent_norm, project_to_tangent, retract, tangent_norm
+from lowrank_optax.diagnostics import Diagnostics, diagnostics, ranks
+from lowrank_optax.door import FixedRankState
 from lowrank_optax.factorize import Axes, densify, factorize, lowrank_init, orthonormalize
+from lowrank_optax.galerkin import GalerkinState, galerkin
+from lowrank_optax.geometry import Balanced, Coefficient, Tangent
+from lowrank_optax.guard import SkipNotFiniteState, skip_not_finite
+from lowrank_optax.inner import kernel_labels
 from lowrank_optax.lowrank import LowRank, dot_general, is_lowrank, matmul
-from lowrank_optax.monitor import Diagnostics, diagnostics, ranks
+from lowrank_optax.optimize import fixed_rank, in_coordinates
 from lowrank_optax.optimizers import (
     lowrank_adam,
     lowrank_adamw,
     lowrank_heavy_ball,
     lowrank_muon,
-    orthogonalize,
+    scale_by_polar_factor,
 )
 from lowrank_optax.rank import RankPolicy, Spectrum, budget, tolerance
-from lowrank_optax.resize import buckets, incremental_update, resize
+from lowrank_optax.resize import buckets, resize
 from lowrank_optax.sharding import partition_specs, state_specs
-from lowrank_optax.transforms import (
-    FixedRankState,
-    KernelState,
-    fixed_rank,
-    project_to_tangent,
-    retract,
-    tangent_norm,
-)
 
 __version__ = "0.1.0"
 
+# Modules that need Flax or Orbax, and names in them: imported when they are first used.
+_LAZY = {"checkpoint": "", "export_lora": "export", "linen": "", "nnx": ""}
+
 __all__ = [
     "Axes",
+    "Balanced",
+    "Coefficient",
     "Diagnostics",
     "FixedRankState",
-    "KernelState",
+    "GalerkinState",
     "LowRank",
     "RankPolicy",
+    "SkipNotFiniteState",
     "Spectrum",
+    "Tangent",
     "buckets",
     "budget",
     "checkpoint",
+    "clip_by_tangent_norm",
     "densify",
     "diagnostics",
     "dot_general",
     "export_lora",
     "factorize",
     "fixed_rank",
+    "galerkin",
+    "geometry",
+    "in_coordinates",
     "incremental_update",
     "is_lowrank",
+    "kernel_labels",
     "linen",
     "lowrank_adam",
     "lowrank_adamw",
@@ -57,14 +69,26 @@ __all__ = [
     "manifold",
     "matmul",
     "nnx",
-    "orthogonalize",
     "orthonormalize",
     "partition_specs",
     "project_to_tangent",
     "ranks",
     "resize",
     "retract",
+    "scale_by_polar_factor",
+    "skip_not_finite",
     "state_specs",
     "tangent_norm",
     "tolerance",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_LAZY[name] or name}")
+    return getattr(module, name) if _LAZY[name] else module
+
+
+def __dir__() -> list[str]:
+    return __all__

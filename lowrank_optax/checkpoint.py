@@ -1,4 +1,4 @@
-"""Checkpoints that are checked when they come back: orbax does the serialisation, this file the checking."""
+"""Checkpoints that are checked when they are restored: orbax serialises, this file checks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _KEY = "lowrank_optax"  # in orbax's metadata of a step: shape, dtype and finger
 
 
 class Restored(NamedTuple):
-    """What `restore` returns.
+    """The result of `restore`.
 
     Attributes:
       step: the step of the checkpoint.
-      tree: its contents.
+      tree: the tree that was saved.
     """
 
     step: int
@@ -35,14 +35,14 @@ def save(manager: ocp.CheckpointManager, step: int, tree: Any, **options: Any) -
     is not gathered.
 
     Args:
-      manager: of a single item, the default.
+      manager: an orbax manager of a single item, the default.
       step: number of the checkpoint.
       tree: arrays in any containers: a linen `TrainState`, `nnx.state((model, optimizer))`, a dict of parameters
         and optimizer state.
       **options: for `manager.save`, e.g. `force=True`, `metrics`, `custom_metadata`.
 
     Returns:
-      Whether the manager saved, which its save policy decides. Orbax writes in the background: call
+      Whether the manager saved, as its save policy decides. Orbax writes in the background: call
       `manager.wait_until_finished()` before buffers of the tree are donated.
 
     Example:
@@ -61,20 +61,20 @@ def save(manager: ocp.CheckpointManager, step: int, tree: Any, **options: Any) -
 
 
 def restore(manager: ocp.CheckpointManager, like: Any = None, step: int | None = None) -> Restored | None:
-    """The newest checkpoint that is whole, at the widths it was saved with.
+    """The newest whole checkpoint, at the widths it was saved with.
 
-    A checkpoint that cannot be read, or whose values are not those that were saved, is named in a warning and
-    skipped for the next older one. Its folder gets the ending `.damaged` and a number, so that the step can be
-    saved again. Keep more than one checkpoint (`preservation_policy` of the manager), and open the manager with
-    `lightweight_initialize=True`, or damaged metadata of one step may keep it from opening.
+    A checkpoint that cannot be read, or whose values differ from the saved ones, is skipped for the next older one, and
+    a warning names it. Its folder gets the ending `.damaged` and a number, so that the step can be saved again. Keep
+    more than one checkpoint (`preservation_policy` of the manager), and open the manager with
+    `lightweight_initialize=True`, because damaged metadata of one step may otherwise keep it from opening.
 
     Args:
-      manager: that of `save`. Checkpoints that `manager.save` wrote without `save` are read and not checked.
-      like: the tree that was saved, of arrays or `jax.ShapeDtypeStruct`; their shardings decide where the result
-        lies, on whatever mesh. Factors may have other widths than the checkpoint, whose widths the result has; then
-        `resize` brings it to those you want. Without it the result is built of dicts and lists, with `LowRank`
-        nodes as `rebuild` makes them.
-      step: this checkpoint only.
+      manager: the manager of `save`. Checkpoints that `manager.save` wrote without `save` are read and not checked.
+      like: the tree that was saved, of arrays or `jax.ShapeDtypeStruct`. The result is sharded like its leaves, on
+        any mesh. Its factors may have other widths than the checkpoint: the result has the widths of the checkpoint,
+        and `resize` changes them. Without `like` the result consists of dicts and lists, with `LowRank` nodes as
+        `rebuild` makes them.
+      step: the number of the checkpoint to read; default the newest.
 
     Returns:
       Step and tree, or None where there is no checkpoint.
@@ -82,13 +82,13 @@ def restore(manager: ocp.CheckpointManager, like: Any = None, step: int | None =
     Raises:
       ValueError: if there are checkpoints and none can be used, because of damage or because `like` does not fit.
     """
-    manager.wait_until_finished()  # a save that is going on is one of all_steps
+    manager.wait_until_finished()  # all_steps also lists a save that still goes on
     steps = sorted(manager.all_steps(), reverse=True) if step is None else [step]
     failed: list[tuple[int, Exception]] = []
     for each in steps:
         try:
             restored = Restored(each, _restore(manager, each, like))
-        # Damaged files show up as whatever error the parser that meets them raises.
+        # A damaged file raises any error of the parser that reads it.
         except Exception as error:
             failed.append((each, error))
             continue
@@ -106,7 +106,7 @@ def rebuild(tree: Any) -> Any:
     """Makes `LowRank` nodes of the dicts `{"U", "S", "V"}` that orbax returns when it restores without a target.
 
     Args:
-      tree: what `manager.restore(step)` returned.
+      tree: the result of `manager.restore(step)`.
 
     Returns:
       The tree with `LowRank` nodes in the place of those dicts.
@@ -161,7 +161,7 @@ def _at_saved_widths(like: Any, saved: dict[str, Any]) -> Any:
 
 
 def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
-    """Renames the folder of a checkpoint, so that it is no longer one of the manager's."""
+    """Renames the folder of a checkpoint, so that the manager no longer lists it."""
     if jax.process_index() == 0:
         for path in manager.directory.iterdir():
             if re.fullmatch(rf"(.*_)?0*{step}", path.name):
@@ -171,7 +171,7 @@ def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error; those of tensorstore go on with specifications."""
+    """The first line of an error; errors of tensorstore go on with specifications."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
@@ -199,8 +199,8 @@ def _fingerprint(x: jax.Array) -> jax.Array:
     r"""The sum of `(2 i + 1) b_i` modulo 2^32 over the values of an array, `b_i` the bits of value i.
 
     An odd number has an inverse modulo 2^32, so any one changed value changes the sum; a damaged block keeps it
-    with a chance of 2^-32. A sum of integers does not depend on the order, hence not on the devices that hold x, and
-    a sharded axis costs an all-reduce of one number.
+    with a chance of 2^-32. A sum of integers does not depend on the order of its terms, so it does not depend on the
+    devices that hold x, and a sharded axis costs an all-reduce of one number.
     """
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)

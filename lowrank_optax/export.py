@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax.factorize import path_name
 from lowrank_optax.lowrank import LowRank, is_lowrank
+from lowrank_optax.paths import path_name
 from lowrank_optax.resize import resize
 
 Module = Callable[[str, tuple[int, ...]], str]
@@ -34,15 +34,15 @@ def export_lora(folder: Any, params: Any, *, module: Module = _module, base_mode
 
     .. math:: A = (U S)^\top, \quad B = V, \quad \alpha = r
 
-    that is :math:`x\, U S V^\top`. The folder gets `adapter_model.safetensors` with
+    this sum is :math:`x\, U S V^\top`. The folder gets `adapter_model.safetensors` with
     `base_model.model.<module>.lora_A.weight` `(r, in)` and `lora_B.weight` `(out, r)`, and `adapter_config.json`, where
     kernels of another rank than the largest appear in `rank_pattern` and `alpha_pattern`. Ranks are the active ones.
 
     Args:
-      folder: is made if it is missing.
+      folder: where to write; a missing folder is made.
       params: a tree whose `LowRank` nodes are the changes; other leaves are not written. For a whole kernel kept
         as U S V^T the base of the adapter is a layer with weight zero; to export it as an ordinary layer, use
-        `densify`. Several input or output axes become one. Three input axes are those of a 2-D convolution, whose
+        `densify`. Several input or output axes become one. A kernel with three input axes is a 2-D convolution, whose
         factors get the shapes `(r, in, height, width)` and `(out, r, 1, 1)`.
       module: callable of the path of a kernel and its index in a stack (`()` if it is not stacked) that returns
         the name of the layer in the model that loads the adapter. Default: the path with dots, without `kernel`.
@@ -111,7 +111,7 @@ def export_lora(folder: Any, params: Any, *, module: Module = _module, base_mode
 def _pair(W: LowRank) -> tuple[jax.Array, jax.Array]:
     """lora_A and lora_B of one kernel."""
     a = (W.U @ W.S).astype(W.dtype)
-    b = W.V.reshape(math.prod(W.out_shape), W.rank)
+    b = W.V.reshape(math.prod(W.out_shape), W.width)
     if len(W.in_shape) == 3:
         return jnp.transpose(a, (3, 2, 0, 1)), b[:, :, None, None]
-    return a.reshape(-1, W.rank).T, b
+    return a.reshape(-1, W.width).T, b

@@ -11,7 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax import linalg
-from lowrank_optax.lowrank import LowRank, cast_like, flatten, is_lowrank, unflatten
+from lowrank_optax import manifold as mf
+from lowrank_optax.layout import map_kernel, map_matrices
+from lowrank_optax.lowrank import LowRank, is_lowrank
+from lowrank_optax.paths import path_name
+from lowrank_optax.rank import check_number
 
 
 class Axes(NamedTuple):
@@ -36,13 +40,6 @@ Where = Callable[[str, tuple[int, ...]], "bool | Axes | None"]
 _ATTENTION = {"query": Axes(0, 1), "key": Axes(0, 1), "value": Axes(0, 1), "out": Axes(0, 2)}
 
 
-def path_name(path: Any) -> str:
-    """The name of a leaf, `"block/dense/kernel"`; the wrapper that nnx puts around values is left out."""
-    wrappers = [jax.tree_util.GetAttrKey("value"), jax.tree_util.GetAttrKey("raw_value")]
-    keys = [k for k in path if k not in wrappers]
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
-
-
 def _default_axes(name: str, shape: tuple[int, ...]) -> Axes:
     """The split of a kernel that no `where` describes, where the shape and the name leave no doubt."""
     *_, parent, _leaf = ("", "", *name.split("/"))
@@ -60,7 +57,7 @@ def _default_axes(name: str, shape: tuple[int, ...]) -> Axes:
 
 
 def _matrix_shape(shape: tuple[int, ...], axes: Axes) -> tuple[int, int]:
-    """(m, n) of a kernel."""
+    """The shape (m, n) of a kernel as a matrix."""
     inputs = shape[axes.batch : axes.batch + axes.inputs]
     return math.prod(inputs), math.prod(shape[axes.batch + axes.inputs :])
 
@@ -77,6 +74,15 @@ def rank_number(rank: Rank, name: str, shape: tuple[int, ...], limit: int) -> in
     if value < 1:
         raise ValueError(f"the rank must be at least 1, got {value} for {name!r} of shape {shape}")
     return int(value)
+
+
+def check_where(where: Any) -> None:
+    """Raises TypeError for anything but a callable."""
+    if where is not None and not callable(where):
+        raise TypeError(
+            "where is a callable of path and dense shape that returns True, False or Axes, e.g. "
+            f"lambda path, shape: path.endswith('kernel'); got {where!r}"
+        )
 
 
 def _split(name: str, shape: tuple[int, ...], where: Where | None, rank: Rank) -> Axes | None:
@@ -102,24 +108,27 @@ def _split(name: str, shape: tuple[int, ...], where: Where | None, rank: Rank) -
     return axes
 
 
+def _factors(U: jax.Array, sigma: jax.Array, V: jax.Array, rank: int) -> LowRank:
+    """The kernel of the first `rank` singular triples; the other columns are padding beside exact zeros."""
+    return LowRank(U, linalg.diagonal(jnp.where(linalg.rank_mask(rank, sigma.shape[0]), sigma, 0.0)), V)
+
+
+def _truncated_svd(W: jax.Array, rank: int, width: int) -> LowRank:
+    u, sigma, v = linalg.svd(W)
+    return _factors(u[:, :width], sigma[:width], v[:, :width], rank)
+
+
+def _with_axes(W: LowRank, shape: tuple[int, ...], axes: Axes) -> LowRank:
+    """The factors of flattened kernels with the axes of the dense kernel."""
+    batch, inner = shape[: axes.batch], axes.batch + axes.inputs
+    u, v = (*batch, *shape[axes.batch : inner], W.width), (*batch, *shape[inner:], W.width)
+    return LowRank(W.U.reshape(u), W.S, W.V.reshape(v))
+
+
 def _factorize_kernel(W: jax.Array, axes: Axes, rank: int, width: int) -> LowRank:
     """Truncated SVD of one (stacked) kernel in factors of `width` columns."""
-    dtype, shape = W.dtype, W.shape
-    batch = shape[: axes.batch]
-    m, n = _matrix_shape(shape, axes)
-    dense = W.astype(linalg.working_dtype(W)).reshape(*batch, m, n)
-    u, sigma, v = linalg.svd(dense)
-    # Columns of u and v beyond `rank` are kept as orthonormal padding beside exact zeros.
-    sigma = jnp.where(linalg.leading(jnp.full(batch, rank), width), sigma[..., :width], 0.0)
-    inputs, outputs = (
-        shape[axes.batch : axes.batch + axes.inputs],
-        shape[axes.batch + axes.inputs :],
-    )
-    return LowRank(
-        u[..., :width].reshape(*batch, *inputs, width),
-        linalg.diagonal(sigma),
-        v[..., :width].reshape(*batch, *outputs, width),
-    ).astype(dtype)
+    dense = W.astype(linalg.working_dtype(W)).reshape(*W.shape[: axes.batch], *_matrix_shape(W.shape, axes))
+    return _with_axes(map_matrices(_truncated_svd, dense, rank=rank, width=width), W.shape, axes).astype(W.dtype)
 
 
 def factorize(
@@ -136,20 +145,20 @@ def factorize(
       params: a tree of arrays, e.g. `model.init(...)["params"]`.
       rank: rank of the start: an int, a fraction of `min(m, n)` in (0, 1], or a callable of the path
         and the dense shape that returns either.
-      max_rank: width of the factors, of the same forms, for ranks that may grow, and at least `2 rank`
-        for the galerkin schedule, whose augmented basis needs the room. Cut to `min(m, n)`. Default:
-        `rank`.
+      max_rank: width of the factors, of the same forms, for ranks that may grow. `galerkin` needs at least `2 rank`
+        for its augmented bases. Cut to `min(m, n)`. Default: `rank`.
       where: callable of the path (`"block/dense/kernel"`) and the dense shape that returns False to leave a
         leaf dense, True to factor it, or `Axes` to factor it with a given split of its axes. The default
         takes every leaf named `kernel` with at least two axes and `min(m, n) >= rank`.
-      scale: factor on the singular values. 1 keeps the function of a trained model. Training from scratch goes
-        better from about 0.2: a step h turns a pair of singular vectors by about h / sigma, so small singular
+      scale: factor on the singular values. 1 keeps the function of a trained model. Training from scratch reaches a
+        lower loss from about 0.2: a step h turns a pair of singular vectors by about h / sigma, so small singular
         values leave random initial directions sooner (RESULTS.md, pre-training).
 
     Returns:
       The tree with `LowRank` nodes, in the dtype of the parameters.
 
     Raises:
+      TypeError: for arguments of another type.
       ValueError: if the rank exceeds `min(m, n)` of a kernel chosen by `where`, if no kernel is left to
         factor, or if the axes of a kernel are ambiguous.
 
@@ -160,6 +169,8 @@ def factorize(
       >>> params["dense"]["kernel"].U.shape, lro.ranks(params)["dense/kernel"].tolist()
       ((8, 4), 2)
     """
+    check_where(where)
+    check_number("scale", scale)
     seen: list[tuple[str, tuple[int, ...]]] = []
     chosen = 0
 
@@ -226,13 +237,13 @@ def lowrank_init(
     r"""A Flax-style initialiser that draws a `LowRank` kernel of the scale of a dense initialiser.
 
     The draw is :math:`W = c\,A B^\top` with Gaussian A (m x r) and B (n x r), orthonormalised, and c such
-    that :math:`|W|_F` equals the norm of a draw of `base_init`: activations and gradients then start at the
-    variance of the dense layer, which a truncated SVD of the dense draw would shrink.
+    that :math:`|W|_F` equals the norm of a draw of `base_init`. Activations and gradients then start at the
+    variance of the dense layer; a truncated SVD of the dense draw would shrink it.
 
     Args:
       rank: int, fraction of `min(m, n)`, or callable of path (here `""`) and shape.
-      base_init: dense initialiser that sets the scale; default LeCun normal, that of `nn.Dense`. Only its
-        norm is used; under `jit` XLA fuses draw and norm, so the dense kernel is not stored.
+      base_init: dense initialiser that sets the scale; default LeCun normal, the default of `nn.Dense`. Only the
+        norm of its draw is used; under `jit` XLA fuses draw and norm, so the dense kernel is not stored.
       max_rank: width of the factors, default `rank`.
       axes: split of the axes of the kernel; default: two axes are (in, out), more are a convolution's
         (everything but the last axis is input).
@@ -246,7 +257,7 @@ def lowrank_init(
     Example:
       >>> import jax, lowrank_optax as lro
       >>> W = lro.lowrank_init(4)(jax.random.key(0), (32, 16))
-      >>> W.shape, W.rank
+      >>> W.shape, W.width
       ((32, 16), 4)
     """
     base = jax.nn.initializers.lecun_normal() if base_init is None else base_init
@@ -261,31 +272,29 @@ def lowrank_init(
             raise ValueError(
                 f"rank {r} (width {width}) does not fit a kernel of shape {shape} with min(m, n) = {min(m, n)}"
             )
-        work = linalg.working_dtype(jnp.empty((), dtype))
-        batch = shape[: split.batch]
+        work, batch = linalg.working_dtype(jnp.empty((), dtype)), shape[: split.batch]
         base_key, u_key, v_key = jax.random.split(key, 3)
-        dense = base(base_key, shape, work).reshape(*batch, -1)
-        scale = jnp.sqrt(jnp.sum(jnp.square(dense), axis=-1, keepdims=True))
-        u, ru = linalg.orthonormalize(jax.random.normal(u_key, (*batch, m, width), work))
-        v, rv = linalg.orthonormalize(jax.random.normal(v_key, (*batch, n, width), work))
-        p, sigma, q = linalg.svd(ru @ linalg.transpose(rv))
-        sigma = jnp.where(linalg.leading(jnp.full(batch, r), width), sigma, 0.0)
-        sigma = sigma * scale / jnp.sqrt(jnp.sum(sigma**2, axis=-1, keepdims=True))
-        inputs = shape[split.batch : split.batch + split.inputs]
-        outputs = shape[split.batch + split.inputs :]
-        return LowRank(
-            (u @ p).reshape(*batch, *inputs, width),
-            linalg.diagonal(sigma),
-            (v @ q).reshape(*batch, *outputs, width),
-        ).astype(dtype)
+        dense = base(base_key, shape, work).reshape(*batch, 1, -1)
+        a, b = (jax.random.normal(k, (*batch, size, width), work) for k, size in ((u_key, m), (v_key, n)))
+        W = map_matrices(_product_of_norm, a, b, map_matrices(linalg.norm, dense), rank=r)
+        return _with_axes(W, shape, split).astype(dtype)
 
     return init
+
+
+def _product_of_norm(a: jax.Array, b: jax.Array, norm: jax.Array, rank: int) -> LowRank:
+    """A B^T, cut to `rank` and scaled to a norm."""
+    (u, ru), (v, rv) = linalg.orthonormalize(a), linalg.orthonormalize(b)
+    p, sigma, q = linalg.svd(ru @ rv.T)
+    sigma = jnp.where(linalg.rank_mask(rank, sigma.shape[0]), sigma, 0.0)
+    return _factors(u @ p, sigma * norm / jnp.sqrt(jnp.sum(sigma**2)), v @ q, rank)
 
 
 def orthonormalize(params: Any) -> Any:
     """Brings factors that are not orthonormal into the canonical gauge without changing W.
 
-    For kernels built by hand, averaged leafwise, or loaded from elsewhere.
+    Use it for kernels built by hand, averaged leaf by leaf, or loaded from elsewhere. Singular values of the size of
+    rounding become exact zeros, so that `ranks` does not count them.
 
     Args:
       params: a tree with `LowRank` nodes.
@@ -300,13 +309,10 @@ def orthonormalize(params: Any) -> Any:
       [2.0, 2.0]
     """
 
-    def one(W: Any) -> Any:
-        if not is_lowrank(W):
-            return W
-        F = flatten(W.astype(linalg.working_dtype(W.U, W.S, W.V)))
-        u, ru = linalg.orthonormalize(F.U)
-        v, rv = linalg.orthonormalize(F.V)
-        p, sigma, q = linalg.svd(ru @ F.S @ linalg.transpose(rv))
-        return cast_like(unflatten(LowRank(u @ p, linalg.diagonal(sigma), v @ q), W), W)
+    return jax.tree.map(lambda W: map_kernel(_orthonormalized, W) if is_lowrank(W) else W, params, is_leaf=is_lowrank)
 
-    return jax.tree.map(one, params, is_leaf=is_lowrank)
+
+def _orthonormalized(W: LowRank) -> LowRank:
+    (u, ru), (v, rv) = linalg.orthonormalize(W.U), linalg.orthonormalize(W.V)
+    p, sigma, q = mf.gauge(ru @ W.S @ rv.T)
+    return LowRank(u @ p, linalg.diagonal(sigma), v @ q)

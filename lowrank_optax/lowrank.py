@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,9 +12,11 @@ import jax.export
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from lowrank_optax.linalg import highest_precision
+
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # compared and hashed by identity, like other nodes of arrays
 class LowRank:
     r"""A kernel kept in factors, :math:`W = U S V^\top`; W itself is never formed.
 
@@ -23,8 +26,12 @@ class LowRank:
     one are the input and output axes of the kernel.
 
     The optimizers of this package keep U and V orthonormal and S diagonal, non-negative and
-    descending (the canonical gauge). A kernel whose active rank is below its width r carries exact
-    zeros in the trailing singular values and arbitrary orthonormal columns beside them.
+    descending (the canonical gauge). The width r is the number of columns, the rank the number of singular values
+    that are not zero. Where the rank is below the width, the last singular values are exact zeros, and their columns of
+    U and V are arbitrary orthonormal ones.
+
+    With batch axes a kernel can be indexed and iterated over along them. Its one arithmetic operation is `x @ W`; for
+    others, take `to_dense()`.
 
     Attributes:
       U: `(batch..., in..., r)`, orthonormal columns once the input axes are flattened.
@@ -34,7 +41,7 @@ class LowRank:
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> W = lro.factorize(jnp.diag(jnp.arange(4.0)), rank=2)
-      >>> W.shape, W.rank
+      >>> W.shape, W.width
       ((4, 4), 2)
       >>> bool(jnp.allclose(jnp.ones((3, 4)) @ W, jnp.ones((3, 4)) @ W.to_dense(), atol=1e-5))
       True
@@ -78,8 +85,8 @@ class LowRank:
         return math.prod(self.U.shape) + math.prod(self.S.shape) + math.prod(self.V.shape)
 
     @property
-    def rank(self) -> int:
-        """The width r of the factors, an upper bound of the rank (see `ranks` for the rank)."""
+    def width(self) -> int:
+        """The number of columns r of U and V, an upper bound of the rank (see `ranks` for the rank)."""
         return int(self.S.shape[-1])
 
     @property
@@ -92,8 +99,9 @@ class LowRank:
         """The adjoint: input and output axes change places, batch axes stay."""
         return LowRank(self.V, jnp.swapaxes(self.S, -1, -2), self.U)
 
+    @highest_precision
     def to_dense(self) -> jax.Array:
-        """The dense kernel, an array of shape `batch + in + out`."""
+        """The dense kernel, an array of shape `batch + in + out`, from products of highest precision."""
         W = flatten(self)
         return ((W.U @ W.S) @ jnp.swapaxes(W.V, -1, -2)).reshape(self.shape)
 
@@ -111,7 +119,37 @@ class LowRank:
             return self
         if not self.batch_shape:
             raise TypeError("a LowRank kernel without batch axes has no entries to index; use to_dense()")
-        return LowRank(self.U[index], self.S[index], self.V[index])
+        items = index if isinstance(index, tuple) else (index,)
+        masks = [x.ndim for x in items if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, bool)]
+        axes = sum(masks) + sum(x is not None and x is not Ellipsis for x in items) - len(masks)
+        if axes > len(self.batch_shape):
+            raise IndexError(
+                f"{axes} indices for a LowRank kernel with batch axes {self.batch_shape}: only those can be indexed; "
+                "use to_dense() for entries"
+            )
+        # An ellipsis stands for batch axes only, not for axes of the factors.
+        rest = (slice(None),) * (len(self.batch_shape) - axes)
+        at = next((i for i, x in enumerate(items) if x is Ellipsis), len(items))
+        items = (*items[:at], *rest, *items[at + 1 :])
+        return LowRank(self.U[items], self.S[items], self.V[items])
+
+    def __len__(self) -> int:
+        if not self.batch_shape:
+            raise TypeError("a LowRank kernel without batch axes has no length; see its shape, or use to_dense()")
+        return self.batch_shape[0]
+
+    def __iter__(self) -> Iterator[LowRank]:
+        return (self[i] for i in range(len(self)))
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            "a LowRank kernel U S V^T is a node of three arrays and no array: its one operation is x @ W. Use "
+            "to_dense() for others, or jax.tree.map, which acts on the factors, to add up gradients"
+        )
+
+    # An elementwise operation on factors is no operation on W, and other libraries would fail later and elsewhere.
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = _refuse
+    __neg__ = __abs__ = __array__ = __float__ = __matmul__ = _refuse
 
 
 def is_lowrank(x: Any) -> bool:
@@ -124,6 +162,11 @@ def is_lowrank(x: Any) -> bool:
       {'bias': 1, 'kernel': 2}
     """
     return isinstance(x, LowRank)
+
+
+def has_arrays(W: LowRank) -> bool:
+    """False for a node of specs, labels or `optax.MaskedNode` in the place of factors."""
+    return all(hasattr(x, "shape") and hasattr(x, "dtype") for x in (W.U, W.S, W.V))
 
 
 def flatten(W: LowRank) -> LowRank:
@@ -141,7 +184,7 @@ def unflatten(W: LowRank, like: LowRank) -> LowRank:
 
 
 def cast_like(W: LowRank, like: LowRank) -> LowRank:
-    """The factors of W in the dtypes of those of `like`."""
+    """The factors of W in the dtypes of the factors of `like`."""
     return jax.tree.map(lambda x, y: x.astype(y.dtype), W, like)
 
 
@@ -189,9 +232,9 @@ def dot_general(
 ) -> jax.Array:
     """`jax.lax.dot_general` whose right operand may be a `LowRank` kernel.
 
-    The `dot_general` hook of Flax layers. The contracted axes of the kernel must be its input axes and
+    It serves as the `dot_general` hook of Flax layers. The contracted axes of the kernel must be its input axes and
     the batch axes its batch axes. No intermediate is larger than one activation of width r or a basis: S is
-    multiplied with the activation, or with the smaller basis where that has fewer rows.
+    multiplied with the activation, or with the smaller basis if that has fewer rows.
 
     Args:
       lhs: array.
@@ -230,9 +273,9 @@ def dot_general(
 def absorb(W: LowRank, rows: Any, **options: Any) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     r"""The factors through which an activation passes: `(U S, None, V)`, `(U, None, V S^T)` or `(U, S, V)`.
 
-    One product with S is :math:`r^2` operations for each row of what it is multiplied with. Of a batch that has more
-    rows than the smaller basis, S goes to the basis: then neither the backward pass multiplies activations with it, and
-    one activation of width r less is kept for that pass.
+    A product with S takes :math:`r^2` operations for each row of the other array. If the activation has more rows than
+    the smaller basis, S goes to the basis. Then the backward pass does not multiply activations with S either, and one
+    activation of width r less is kept for it.
 
     Args:
       W: the kernel.
@@ -250,11 +293,11 @@ def absorb(W: LowRank, rows: Any, **options: Any) -> tuple[jax.Array, jax.Array 
 
 
 def contract(x: jax.Array, factor: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
-    """`jax.lax.dot_general` of an activation and a factor, which on an explicit mesh says how the result lies.
+    """`jax.lax.dot_general` of an activation and a factor, with a sharding of the result on an explicit mesh.
 
-    Where a sharded axis is summed over, the sum is taken and not left to be told by the user. Where rows of the factor
-    lie along a mesh axis that splits the activation already (fully sharded data parallelism), the activation keeps it
-    and the factor is gathered.
+    JAX asks for `out_sharding` where a product sums over a sharded axis: here the result is replicated along it. If a
+    mesh axis shards both the activation and the rows of the factor (fully sharded data parallelism), the activation
+    keeps it and the factor is gathered.
     """
     if jax.typeof(factor).sharding.mesh.explicit_axes and options.get("out_sharding") is None:
         options["out_sharding"] = _result_spec(x, factor, dimension_numbers)

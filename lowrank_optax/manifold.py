@@ -1,88 +1,124 @@
-r"""The geometry of fixed-rank matrices, on one flattened kernel.
+r"""The geometry of fixed-rank matrices, on one kernel.
 
-Reads top to bottom as one step of the paper: gauge, tangent projection, augmentation, retraction,
-transport. Kernels are flattened `LowRank` values, U `(batch..., m, r)`, S `(batch..., r, r)`,
-V `(batch..., n, r)`, in the working dtype; batch axes are independent kernels. A tangent vector
-
-.. math:: \xi = U M V^\top + U_p V^\top + U V_p^\top, \quad U^\top U_p = 0, \quad V^\top V_p = 0
-
-is a `LowRank` value too, the triple (U_p, M, V_p): it has the shapes of (U, S, V), depends linearly on xi,
-and :math:`|\xi|_F^2 = |U_p|^2 + |M|^2 + |V_p|^2`. No function forms an m x n array.
+The file reads top to bottom as one step of the paper: gauge, tangent projection, augmentation, retraction, transport.
+A kernel is a `LowRank` value of three matrices, U `(m, r)`, S `(r, r)`, V `(n, r)`, in the working dtype. The first
+`rank` of its r columns belong to it; the others are padding beside zero singular values. No function forms an m x n
+array.
 
 References:
   Schotthöfer, Klein, Kusch, `A geometric framework for momentum-based optimizers for low-rank training
-  <https://arxiv.org/abs/2506.17475>`_, 2025. The single-gradient step is that of GeoLoRA,
+  <https://arxiv.org/abs/2506.17475>`_, 2025. The step with a single gradient comes from GeoLoRA,
   `arXiv:2410.18720 <https://arxiv.org/abs/2410.18720>`_.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_optax import linalg
-from lowrank_optax.linalg import transpose
+from lowrank_optax.linalg import highest_precision
 from lowrank_optax.lowrank import LowRank
-from lowrank_optax.xla import barrier, together
+
+# --- gauge ----------------------------------------------------------------------------
 
 
 def is_canonical(S: jax.Array) -> jax.Array:
-    """True where S `(batch..., r, r)` is diagonal, non-negative and descending, `(batch...)`."""
+    """Whether S is diagonal, non-negative and descending."""
     sigma = linalg.diag_part(S)
-    ordered = jnp.all(sigma[..., :-1] >= sigma[..., 1:], axis=-1) & jnp.all(sigma >= 0, axis=-1)
-    return ordered & jnp.all(linalg.diagonal(sigma) == S, axis=(-2, -1))
+    return jnp.all(sigma[:-1] >= sigma[1:]) & jnp.all(sigma >= 0) & jnp.all(linalg.diagonal(sigma) == S)
 
 
 def gauge(S: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """P, sigma, Q with `S = P diag(sigma) Q^T`: `(U P, diag(sigma), V Q)` is W in the canonical gauge.
+    """The SVD `S = P diag(sigma) Q^T` whose singular vectors point along the old columns.
 
-    Singular values at the rounding level of a full S are noise. They become exact zeros here, because
-    `project` divides by what is not zero.
+    Singular values below `r eps sigma_1` are rounding, and their singular vectors are noise. They become exact zeros
+    here, because `project` divides by every singular value that is not zero.
     """
-    p, sigma, q = linalg.svd(S)
-    floor = S.shape[-1] * jnp.finfo(sigma.dtype).eps * sigma[..., :1]
+    p, sigma, q = linalg.svd(S, toward=jnp.eye(S.shape[0], dtype=S.dtype))
+    floor = S.shape[-1] * jnp.finfo(sigma.dtype).eps * sigma[:1]
     return p, jnp.where(sigma <= floor, 0.0, sigma), q  # NaN stays
 
 
+class Turn(NamedTuple):
+    """A change of basis: new columns of U and V in the old bases, U' = U P and V' = V Q."""
+
+    P: jax.Array
+    Q: jax.Array
+
+
+@highest_precision
+def turn_between(old: LowRank, new: LowRank) -> Turn:
+    """The overlaps of the bases of two kernels; the bases of one contain the bases of the other."""
+    return Turn(old.U.T @ new.U, old.V.T @ new.V)
+
+
+class Canonical(NamedTuple):
+    """A kernel and its factor gradients in the canonical gauge, the change of basis to it, and whether one was made."""
+
+    kernel: LowRank
+    grads: LowRank
+    turn: Turn
+    turned: jax.Array
+
+
+@highest_precision
+def canonicalize(W: LowRank, grads: LowRank) -> Canonical:
+    """Restores the canonical gauge, in which a kernel usually is.
+
+    With `G_U = G V S^T` and `S = P diag(sigma) Q^T`, the gradient with respect to U P is
+    `G (V Q) diag(sigma) = G_U P`.
+    """
+
+    def turn(old: tuple[LowRank, LowRank, Turn]) -> tuple[LowRank, LowRank, Turn]:
+        W, g, _ = old
+        p, sigma, q = gauge(W.S)
+        grads = LowRank(g.U @ p, p.T @ g.S @ q, g.V @ q)
+        return LowRank(W.U @ p, linalg.diagonal(sigma), W.V @ q), grads, Turn(p, q)
+
+    turned = ~is_canonical(W.S)
+    eye = jnp.eye(W.width, dtype=W.S.dtype)
+    kernel, grads, change = linalg.cond_without_copy(turned, turn, (W, grads, Turn(eye, eye)))
+    return Canonical(kernel, grads, change, turned)
+
+
 def singular_values(S: jax.Array) -> jax.Array:
-    """The singular values `(batch..., r)` of W, exact where S is canonical."""
-    sigma = linalg.diag_part(S)
-    return jax.lax.cond(jnp.all(is_canonical(S)), lambda: sigma, lambda: gauge(S)[1])
+    """The singular values `(r,)` of W, exact where S is canonical."""
+    diagonal = linalg.diagonal
+    canonical = linalg.cond_without_copy(~is_canonical(S), lambda S: diagonal(gauge(S)[1]), S)
+    return linalg.diag_part(canonical)
 
 
 def rank(S: jax.Array) -> jax.Array:
-    """The number of singular values that are not zero, `(batch...)`, int32."""
-    return jnp.sum(singular_values(S) > 0, axis=-1, dtype=jnp.int32)
+    """The number of singular values that are not zero, int32."""
+    return jnp.sum(singular_values(S) > 0, dtype=jnp.int32)
 
 
-@linalg.precise
-def rotate(x: LowRank, p: jax.Array, q: jax.Array) -> LowRank:
-    """The triple x (factor gradients or a tangent vector) in the bases U P and V Q.
+def trim(W: LowRank, rank: jax.Array) -> LowRank:
+    """The kernel with zeros in the padded columns of U and V."""
+    return LowRank(linalg.first_columns(W.U, rank), W.S, linalg.first_columns(W.V, rank))
 
-    With `G_U = G V S^T` and `S = P diag(sigma) Q^T`, the gradient with respect to U P is
-    `G (V Q) diag(sigma) = G_U P`. A tangent triple instead has `U_p` ride on V, see `rotate_tangent`.
+
+# --- tangent vectors ------------------------------------------------------------------
+
+
+class Tangent(NamedTuple):
+    r"""A tangent vector at :math:`W = U S V^\top`, three matrices of the shapes of U, S and V.
+
+    .. math:: \xi = U M V^\top + U_p V^\top + U V_p^\top, \quad U^\top U_p = 0, \quad V^\top V_p = 0
+
+    It is linear in the vector, and :math:`|\xi|_F^2 = |U_p|^2 + |M|^2 + |V_p|^2`.
     """
-    return LowRank(x.U @ p, transpose(p) @ x.S @ q, x.V @ q)
+
+    Up: jax.Array
+    M: jax.Array
+    Vp: jax.Array
 
 
-@linalg.precise
-def rotate_tangent(xi: LowRank, p: jax.Array, q: jax.Array) -> LowRank:
-    """The same tangent vector for the bases U P and V Q: `U_p V^T = (U_p Q)(V Q)^T`."""
-    return LowRank(xi.U @ q, transpose(p) @ xi.S @ q, xi.V @ p)
-
-
-def trim(W: LowRank, active: jax.Array) -> LowRank:
-    """The kernel with zeros in the padded columns of U and V; `active` is the mask `(batch..., r)` of the others."""
-    U, V = (jnp.where(active[..., None, :], x, 0.0) for x in (W.U, W.V))
-    return LowRank(U, W.S, V)
-
-
-@linalg.precise
-def project(W: LowRank, grads: LowRank, active: jax.Array) -> LowRank:
+@highest_precision
+def project(W: LowRank, grads: LowRank, rank: jax.Array) -> Tangent:
     r"""Projects the gradient onto the tangent space, given the gradients of the factors.
 
     .. math::
@@ -97,294 +133,268 @@ def project(W: LowRank, grads: LowRank, active: jax.Array) -> LowRank:
     Args:
       W: kernel in the canonical gauge.
       grads: gradients of its factors.
-      active: `(batch..., r)` mask of the columns that belong to the kernel (the rest is padding).
+      rank: number of columns that are not padding.
 
     Returns:
-      The triple (U_p, M, V_p), zero in the padded columns.
+      The tangent vector, zero in the padded columns.
     """
-    sigma = linalg.diag_part(W.S)
+    sigma, active = linalg.diag_part(W.S), linalg.rank_mask(rank, W.width)
     known = active & (sigma > jnp.finfo(sigma.dtype).tiny)
-    known, divisor = barrier((known, jnp.where(known, sigma, 1.0)[..., None, :]))
-    bases = trim(W, active)
+    divisor = jnp.where(known, sigma, 1.0)
 
-    def horizontal(basis: jax.Array, factor_grad: jax.Array) -> jax.Array:
-        x = jnp.where(known[..., None, :], factor_grad / divisor, 0.0)
-        return x - basis @ (transpose(basis) @ x)
+    def divided(factor_grad: jax.Array) -> jax.Array:
+        return jnp.where(known[None], factor_grad / divisor[None], 0.0)
 
-    m = jnp.where(active[..., None, :] & active[..., :, None], grads.S, 0.0)
-    return LowRank(horizontal(bases.U, grads.U), m, horizontal(bases.V, grads.V))
+    m = jnp.where(active[None] & active[:, None], grads.S, 0.0)
+    return make_horizontal(W, Tangent(divided(grads.U), m, divided(grads.V)), rank)
 
 
-@linalg.precise
-def make_horizontal(W: LowRank, xi: LowRank, active: jax.Array) -> LowRank:
+@highest_precision
+def make_horizontal(W: LowRank, xi: Tangent, rank: jax.Array) -> Tangent:
     """Restores `U^T U_p = 0` and `V^T V_p = 0`, which an elementwise optimizer breaks."""
-    W = trim(W, active)
-    return LowRank(xi.U - W.U @ (transpose(W.U) @ xi.U), xi.S, xi.V - W.V @ (transpose(W.V) @ xi.V))
+    W = trim(W, rank)
+    return Tangent(xi.Up - W.U @ (W.U.T @ xi.Up), xi.M, xi.Vp - W.V @ (W.V.T @ xi.Vp))
 
 
-def norm(xi: LowRank) -> jax.Array:
-    """The norm of a tangent triple, which is that of the matrix, `(batch...)`."""
-    parts = jnp.stack([linalg.norm(x) for x in (xi.U, xi.S, xi.V)], axis=-1)
-    return linalg.norm(parts[..., None, :])
+@highest_precision
+def turn_tangent(xi: Tangent, turn: Turn) -> Tangent:
+    """The same tangent vector for the bases U P and V Q: `U_p V^T = (U_p Q)(V Q)^T`."""
+    return Tangent(xi.Up @ turn.Q, turn.P.T @ xi.M @ turn.Q, xi.Vp @ turn.P)
+
+
+def norm(xi: Tangent) -> jax.Array:
+    """The Riemannian norm of a tangent vector, which is the Frobenius norm of the matrix."""
+    return linalg.root_of_squares(*map(linalg.norm, xi))
+
+
+# --- augmentation ---------------------------------------------------------------------
 
 
 class Basis(NamedTuple):
-    """Orthonormal columns, kept as the product `[blocks...] @ mix`, so that a combination of them is one product.
-
-    Attributes:
-      blocks: arrays `(batch..., m, c)`.
-      mix: `(batch..., sum of c, p)`.
-    """
+    """Orthonormal columns `[blocks...] @ mix`, kept in factors: a combination of them multiplies `mix` first."""
 
     blocks: tuple[jax.Array, ...]
     mix: jax.Array
 
-    @linalg.precise
+    @highest_precision
     def __matmul__(self, x: jax.Array) -> jax.Array:
-        """Combinations of the columns, `(batch..., m, p) @ (batch..., p, q)`."""
-        return self._replace(mix=self.mix @ x).array()
-
-    @linalg.precise
-    def array(self) -> jax.Array:
-        """The columns, `(batch..., m, p)`."""
-        start, total = 0, jnp.zeros((), self.mix.dtype)
+        """Combinations of the columns, `(m, p) @ (p, q)`."""
+        mix, start, total = self.mix @ x, 0, jnp.zeros((), self.mix.dtype)
         for block in self.blocks:
-            stop = start + block.shape[-1]
-            total = total + block @ self.mix[..., start:stop, :]
+            stop = start + block.shape[1]
+            total = total + block @ mix[start:stop]
             start = stop
         return total
 
+    def columns(self) -> jax.Array:
+        """The columns as an array."""
+        return self @ jnp.eye(self.mix.shape[1], dtype=self.mix.dtype)
 
-class Frame(NamedTuple):
-    """Bases that hold the old bases and the directions added to them.
+
+class Side(NamedTuple):
+    """A basis that holds an old basis and the directions added to it, with their coordinates.
 
     Attributes:
-      U: basis of p = min(m, 2r) columns or the width asked for.
-      V: basis of q columns.
-      left: `U_frame^T U_old`, `(batch..., p, r)`.
-      right: `V_frame^T V_old`, `(batch..., q, r)`.
-      left_new: `U_frame^T U_p`, `(batch..., p, r)`.
-      right_new: `V_frame^T V_p`, `(batch..., q, r)`.
+      basis: p columns.
+      old: `(p, r)`, coordinates of the old basis.
+      new: `(p, r)`, coordinates of the new directions.
     """
 
-    U: Basis
-    V: Basis
-    left: jax.Array
-    right: jax.Array
-    left_new: jax.Array
-    right_new: jax.Array
+    basis: Basis
+    old: jax.Array
+    new: jax.Array
 
 
-@linalg.precise
-def augment(Ws: Sequence[LowRank], xis: Sequence[LowRank], ranks: Sequence[jax.Array], times: int) -> list[Frame]:
-    """Orthonormal bases of the spans of [U, U_p] and [V, V_p], those of their QR.
+class Augmented(NamedTuple):
+    """The augmented bases of a kernel: `left` holds [U, U_p] and `right` holds [V, V_p]."""
 
-    Columns come in order: the k of the basis, as many new directions as fit, arbitrary orthonormal ones in the
-    place of padding. The order matters to elementwise optimizers, which must not see padding mixed into U_p.
+    left: Side
+    right: Side
+
+
+def augment(W: LowRank, xi: Tangent, rank: jax.Array, width: int | None = None) -> Augmented:
+    """Orthonormal bases of the spans of [U, U_p] and [V, V_p], the Q factors of their QR.
+
+    Columns come in order: the k columns of the basis, as many new directions as fit, arbitrary orthonormal columns in
+    the place of padding. Elementwise optimizers need this order, because they must not see padding mixed into U_p.
 
     Args:
-      Ws: kernels in the canonical gauge.
-      xis: their triples (U_p, M, V_p); M is not used.
-      ranks: `(batch...)` numbers k of columns of the kernels that are not padding.
-      times: columns of the frames in units of r, 1 or 2; with fewer than 2k some new directions are left out.
+      W: kernel in the canonical gauge.
+      xi: tangent vector; M is not used.
+      rank: number k of columns of the kernel that are not padding.
+      width: columns of the bases, at most m and n; default 2r. If it is below 2k some new directions are left out.
 
     Returns:
-      The frames, with at most m (or n) columns.
+      The augmented bases.
     """
-    bases, news = [W.U for W in Ws] + [W.V for W in Ws], [xi.U for xi in xis] + [xi.V for xi in xis]
-    counts = [k[..., None, None] for k in [*ranks, *ranks]]
-    # With fewer rows than 2 r the columns of [U, U_p] are dependent: a QR of them as they are.
-    high = [basis.shape[-2] >= 2 * basis.shape[-1] for basis in bases]
-    extensions = linalg.extend(*([x for x, h in zip(xs, high, strict=True) if h] for xs in (bases, news)))
-    small = [(e.mix, e.basis, e.x) for e in extensions]
-    order = functools.partial(_in_order, times=times)
-    ordered = together(order, small, [k for k, h in zip(counts, high, strict=True) if h])
-    tall = iter(zip(extensions, ordered, strict=True))
-    sides = []
-    for basis, new, k, h in zip(bases, news, counts, high, strict=True):
-        if h:
-            e, (mix, old, added) = next(tall)
-            sides.append((Basis((basis, e.block), mix), old, added))
-        else:
-            q, old, added = _ordered_qr(basis, new, k, times)
-            eye = jnp.eye(q.shape[-1], dtype=q.dtype)
-            sides.append((Basis((q,), jnp.broadcast_to(eye, (*q.shape[:-2], *eye.shape))), old, added))
-    pairs = zip(sides[: len(Ws)], sides[len(Ws) :], strict=True)
-    return [Frame(u, v, left, right, left_new, right_new) for (u, left, left_new), (v, right, right_new) in pairs]
+    width = 2 * W.width if width is None else width
+    return Augmented(_augment(W.U, xi.Up, rank, width), _augment(W.V, xi.Vp, rank, width))
 
 
-def _in_order(
-    parts: tuple[jax.Array, jax.Array, jax.Array], k: jax.Array, times: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The columns of an extension `(mix, basis, x)` in the order of `augment`, and the coordinates in them."""
-    mix, basis, new = parts
+@highest_precision
+def _augment(basis: jax.Array, new: jax.Array, rank: jax.Array, width: int) -> Side:
+    m, r = basis.shape
+    if m < 2 * r:  # The columns of [U, U_p] are dependent: a QR of them as they are.
+        q, old, added = _ordered_qr(basis, new, rank, width)
+        return Side(Basis((q,), jnp.eye(q.shape[1], dtype=q.dtype)), old, added)
+    e = linalg.extend_basis(basis, new)
+    parts = e.mix, e.of_basis, e.of_x
 
-    def padded() -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, left, left_new = _ordered_qr(basis, new, k, times)
-        return mix @ q, left, left_new
+    def ordered(parts: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        mix, old, added = parts
+        q, old, added = _ordered_qr(old, added, rank, width)
+        return mix @ q, old, added
 
-    if times == 1:
-        return padded()
-    return jax.lax.cond(jnp.all(k == basis.shape[-1]), lambda: parts, padded)
+    if width == 2 * r:
+        mix, old, added = linalg.cond_without_copy(rank != r, ordered, parts)
+    else:
+        mix, old, added = ordered(parts)
+    return Side(Basis((basis, e.block), mix), old, added)
 
 
-def _ordered_qr(basis: jax.Array, new: jax.Array, k: jax.Array, times: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Orthonormal columns in the order of `augment`, and the coordinates of both in them; k is `(batch..., 1, 1)`."""
-    r = basis.shape[-1]
-    width = times * r
-    shape = (*k.shape[:-1], width)
-    j = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
-    # Column j of the frame is U_j below k, new direction j - k below 2k, and zero from there on.
+def _ordered_qr(basis: jax.Array, new: jax.Array, k: jax.Array, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Orthonormal columns in the order of `augment`, and the coordinates of both in them."""
+    r = basis.shape[1]
+    j = jnp.arange(width)
+    # Column j is U_j below k, new direction j - k below 2k, and zero from there on.
     source = jnp.where(j < k, j, jnp.minimum(j - k + r, 2 * r - 1))
-    # New direction i is column k + i of the frame.
-    target = jnp.minimum(k + j[..., :r], width - 1)
-    active = j[..., :r] < k
-    fits = active & (k + j[..., :r] < width)
-    columns = jnp.take_along_axis(jnp.concatenate([basis, new], axis=-1), source, axis=-1)
-    q, x = linalg.orthonormalize(jnp.where(j < 2 * k, columns, 0.0))
-    left_new = jnp.take_along_axis(x, target, axis=-1)
-    return q, jnp.where(active, x[..., :r], 0.0), jnp.where(fits, left_new, 0.0)
+    columns = jnp.take(jnp.concatenate([basis, new], axis=1), source, axis=1)
+    q, x = linalg.orthonormalize(jnp.where((j < 2 * k)[None], columns, 0.0))
+    # New direction i is column k + i.
+    active = j[:r] < k
+    fits = active & (k + j[:r] < width)
+    added = jnp.take(x, jnp.minimum(k + j[:r], width - 1), axis=1)
+    return q, jnp.where(active[None], x[:, :r], 0.0), jnp.where(fits[None], added, 0.0)
 
 
-def augmented_block(S: jax.Array, rank: jax.Array) -> jax.Array:
-    """Mask, of the shape of S, of the coefficients between the k basis columns and k new directions.
-
-    The rest is padding.
-    """
-    rows = linalg.leading(2 * rank, S.shape[-2])[..., :, None]
-    return rows & linalg.leading(2 * rank, S.shape[-1])[..., None, :]
+@highest_precision
+def weight_coefficients(W: LowRank, bases: Augmented) -> jax.Array:
+    r"""The kernel as a matrix in the augmented bases, :math:`\hat U^\top U S V^\top \hat V`."""
+    return bases.left.old @ W.S @ bases.right.old.T
 
 
-@linalg.precise
-def coefficients(
-    M: jax.Array, left: jax.Array, right: jax.Array, left_new: jax.Array, right_new: jax.Array
-) -> jax.Array:
-    r"""The matrix of a tangent vector in a frame, `(batch..., p, q)`.
+@highest_precision
+def tangent_coefficients(xi: Tangent, bases: Augmented) -> jax.Array:
+    r"""A tangent vector as a matrix in the augmented bases.
 
     :math:`\hat U^\top \xi \hat V`, which is :math:`[[M, R_v^\top], [R_u, 0]]` when U and V are orthonormal.
-
-    Args:
-      M: of the triple (U_p, M, V_p).
-      left, right, left_new, right_new: see `Frame`.
     """
-    return left @ M @ transpose(right) + left_new @ transpose(right) + left @ transpose(right_new)
+    left, right = bases
+    return left.old @ xi.M @ right.old.T + left.new @ right.old.T + left.old @ right.new.T
 
 
-@linalg.precise
-def congruence(x: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
-    """`left x right^T`: carries weights, gradients and first moments between bases."""
-    return left @ x @ transpose(right)
+@highest_precision
+def congruence(x: jax.Array, turn: Turn) -> jax.Array:
+    """`P^T x Q`: carries weights, gradients and first moments between bases."""
+    return turn.P.T @ x @ turn.Q
 
 
-@linalg.precise
-def congruence_squared(x: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
-    """`(left sqrt(x) right^T)^2` elementwise: carries second moments, and keeps them non-negative."""
-    return jnp.square(left @ jnp.sqrt(jnp.maximum(x, 0.0)) @ transpose(right))
+@highest_precision
+def congruence_squared(x: jax.Array, turn: Turn) -> jax.Array:
+    """`(P^T sqrt(x) Q)^2` elementwise: carries second moments, and keeps them non-negative."""
+    return jnp.square(turn.P.T @ jnp.sqrt(jnp.maximum(x, 0.0)) @ turn.Q)
+
+
+# --- retraction -----------------------------------------------------------------------
 
 
 class Retraction(NamedTuple):
     """A point near a coefficient matrix Y, before its rank is chosen.
 
     Attributes:
-      left: `(batch..., p, r)`, the new U in the frame.
-      right: `(batch..., q, r)`, the new V in the frame.
-      spectrum: singular values of the retracted matrix before truncation, descending.
+      left: `(p, r)`, the new U in the augmented basis.
+      right: `(q, r)`, the new V in the augmented basis.
+      sigma: singular values of the retracted matrix before truncation, descending.
     """
 
     left: jax.Array
     right: jax.Array
-    spectrum: jax.Array
+    sigma: jax.Array
 
 
-def retract_svd(y: jax.Array, r: int) -> Retraction:
-    """The best approximation of `U_frame y V_frame^T`: its SVD, of which r columns are kept."""
-    p, sigma, q = linalg.svd(y)
-    return Retraction(p[..., :r], q[..., :r], sigma)
+def retract_svd(y: jax.Array, bases: Augmented, r: int) -> Retraction:
+    """The best approximation of `U_hat y V_hat^T`: its SVD, of which r columns are kept.
+
+    New columns point along the old ones, so that a small step is a small change of U and V.
+    """
+    p, sigma, q = linalg.svd(y, toward=bases.left.old)
+    return Retraction(p[:, :r], q[:, :r], sigma)
 
 
-@linalg.precise
-def retract_bug(y: jax.Array, left: jax.Array, right: jax.Array, active: jax.Array) -> Retraction:
-    r"""The basis-update and Galerkin step: no SVD of the frame's size, and a fixed rank.
+@highest_precision
+def retract_bug(y: jax.Array, bases: Augmented, rank: jax.Array) -> Retraction:
+    r"""The basis-update and Galerkin step: no SVD of the size of the augmented bases, and a fixed rank.
 
     .. math:: U' = \mathrm{orth}(Y V), \quad V' = \mathrm{orth}(Y^\top U), \quad S' = U'^\top Y V'
 
-    in the coordinates of the frame, then an r x r SVD that restores the canonical gauge.
+    in the coordinates of the augmented bases, then an r x r SVD that restores the canonical gauge.
 
     References:
       Ceruti, Lubich, `An unconventional robust integrator for dynamical low-rank approximation
       <https://arxiv.org/abs/2010.02022>`_, 2021, section 3.
     """
-    (u, _), (v, _) = linalg.gram_qr([y @ right, transpose(y) @ left])
-    # The columns of u and v beside padding are arbitrary: what Y has there is not part of the step.
-    s = transpose(u) @ y @ v
-    p, sigma, q = linalg.svd(jnp.where(active[..., None, :] & active[..., :, None], s, 0.0))
+    left, right = bases.left.old, bases.right.old
+    (y_u, k_u, _), (y_v, k_v, _) = linalg.gram_qr(y @ right), linalg.gram_qr(y.T @ left)
+    u, v = y_u @ k_u, y_v @ k_v
+    # The columns of u and v beside padding are arbitrary: the entries of Y there are not part of the step.
+    active = linalg.rank_mask(rank, u.shape[1])
+    p, sigma, q = linalg.svd(jnp.where(active[None] & active[:, None], u.T @ y @ v, 0.0), toward=u.T @ left)
     return Retraction(u @ p, v @ q, sigma)
 
 
-def align(retraction: Retraction, overlap: jax.Array) -> Retraction:
-    """Flips pairs of singular vectors so that each new U column points along the old one.
-
-    Signs of singular vectors are arbitrary; with this choice a small step is a small change of U and V.
-
-    Args:
-      retraction: the retraction.
-      overlap: `U_frame^T U_old`, `(batch..., p, r)`.
-    """
-    sign = linalg.signs(jnp.sum(retraction.left * overlap, axis=-2, keepdims=True))
-    return retraction._replace(left=retraction.left * sign, right=retraction.right * sign)
-
-
-@linalg.precise
-def assemble(frame: Frame, retraction: Retraction, rank: jax.Array) -> LowRank:
+def assemble(bases: Augmented, point: Retraction, rank: jax.Array) -> LowRank:
     """The kernel after truncation to `rank` (at most r) singular values."""
-    r = retraction.left.shape[-1]
-    sigma = jnp.where(linalg.leading(rank, r), retraction.spectrum[..., :r], 0.0)
-    return LowRank(frame.U @ retraction.left, linalg.diagonal(sigma), frame.V @ retraction.right)
+    r = point.left.shape[1]
+    sigma = jnp.where(linalg.rank_mask(rank, r), point.sigma[:r], 0.0)
+    return LowRank(bases.left.basis @ point.left, linalg.diagonal(sigma), bases.right.basis @ point.right)
 
 
-@linalg.precise
-def transport(xi: LowRank, old: LowRank, new: LowRank) -> LowRank:
+# --- transport ------------------------------------------------------------------------
+
+
+@highest_precision
+def transport(xi: Tangent, old: LowRank, new: LowRank) -> Tangent:
     r"""Carries a tangent vector at `old` to `new` by projection onto the tangent space there.
 
     With :math:`\xi V' = (U M + U_p)(V^\top V') + U (V_p^\top V')` and likewise :math:`\xi^\top U'`:
     :math:`M' = U'^\top \xi V'`, :math:`U_p' = \xi V' - U' M'`, :math:`V_p' = \xi^\top U' - V' M'^\top`.
 
     Args:
-      xi: triple at `old`.
-      old: kernel the triple belongs to.
-      new: kernel to carry it to, with zeros in padded columns of its bases, see `trim`.
+      xi: tangent vector at `old`.
+      old: the kernel at which it is tangent.
+      new: the kernel to carry it to, with zeros in padded columns of its bases, see `trim`.
 
     Returns:
-      The triple at `new`, zero in the padded columns.
+      The tangent vector at `new`, zero in the padded columns.
     """
-    right, left = transpose(old.V) @ new.V, transpose(old.U) @ new.U
-    xi_v = (old.U @ xi.S + xi.U) @ right + old.U @ (transpose(xi.V) @ new.V)
-    xi_u = (old.V @ transpose(xi.S) + xi.V) @ left + old.V @ (transpose(xi.U) @ new.U)
-    m = transpose(new.U) @ xi_v
-    return LowRank(xi_v - new.U @ m, m, xi_u - new.V @ transpose(m))
+    right, left = old.V.T @ new.V, old.U.T @ new.U
+    xi_v = (old.U @ xi.M + xi.Up) @ right + old.U @ (xi.Vp.T @ new.V)
+    xi_u = (old.V @ xi.M.T + xi.Vp) @ left + old.V @ (xi.Up.T @ new.U)
+    m = new.U.T @ xi_v
+    return Tangent(xi_v - new.U @ m, m, xi_u - new.V @ m.T)
 
 
-@linalg.precise
-def transport_squared(x: LowRank, old: LowRank, new: LowRank) -> LowRank:
-    r"""Carries second moments of the triple, as those of sums of independent numbers.
+@highest_precision
+def transport_squared(x: Tangent, old: LowRank, new: LowRank) -> Tangent:
+    r"""Carries second moments of the three matrices, as if their entries were independent numbers.
 
-    With :math:`P = U^\top U'`, :math:`Q = V^\top V'`, and what of each basis is outside of the other,
+    With :math:`P = U^\top U'`, :math:`Q = V^\top V'`, and the parts of each basis outside of the other,
     :math:`U_o = U' - U P` and :math:`U_d = U - U' P^\top`, `transport` is
 
     .. math::
       M' = P^\top (M Q + B) + A Q, \quad U_p' = U_p Q - U' A Q + U_d (M Q + B), \quad
       A = U_o^\top U_p, \quad B = V_p^\top V_o
 
-    and likewise for V. Here all weights are squared. Where bases stay this is the identity, and a coordinate with a
-    first moment has a second moment too, also after ranks have changed. Both kernels have zeros in padded columns.
+    and likewise for V. Here all weights are squared. If bases stay this is the identity. A coordinate with a first
+    moment has a second moment too, also after ranks have changed. Both kernels have zeros in padded columns.
     """
-    p, q = transpose(old.U) @ new.U, transpose(old.V) @ new.V
+    p, q = old.U.T @ new.U, old.V.T @ new.V
     p2, q2 = jnp.square(p), jnp.square(q)
-    a = transpose(jnp.square(new.U - old.U @ p)) @ x.U
-    b = transpose(x.V) @ jnp.square(new.V - old.V @ q)
-    right, left = x.S @ q2 + b, transpose(x.S) @ p2 + transpose(a)
-    return LowRank(
-        x.U @ q2 + jnp.square(new.U) @ (a @ q2) + jnp.square(old.U - new.U @ transpose(p)) @ right,
-        transpose(p2) @ right + a @ q2,
-        x.V @ p2 + jnp.square(new.V) @ (transpose(b) @ p2) + jnp.square(old.V - new.V @ transpose(q)) @ left,
+    a = jnp.square(new.U - old.U @ p).T @ x.Up
+    b = x.Vp.T @ jnp.square(new.V - old.V @ q)
+    right, left = x.M @ q2 + b, x.M.T @ p2 + a.T
+    return Tangent(
+        x.Up @ q2 + jnp.square(new.U) @ (a @ q2) + jnp.square(old.U - new.U @ p.T) @ right,
+        p2.T @ right + a @ q2,
+        x.Vp @ p2 + jnp.square(new.V) @ (b.T @ p2) + jnp.square(old.V - new.V @ q.T) @ left,
     )

@@ -1,32 +1,35 @@
-"""How many singular values stay after a step: fixed, by tolerance, or by a global budget."""
+"""Rank policies: they choose how many singular values stay after a step, by a tolerance or by a global budget."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank_optax import linalg
 
 
-class Spectrum(NamedTuple):
-    """What a policy sees of one kernel after a step.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+    """The view that a policy has of one kernel, or of several of equal shape, after a step.
 
     Attributes:
       sigma: `(batch..., w)` singular values before truncation, descending.
       rank: `(batch...)` rank before the step.
-      width: most singular values the factors can hold.
-      shape: (m, n).
+      width: most singular values the factors can hold, static.
+      shape: (m, n), static.
     """
 
     sigma: jax.Array
     rank: jax.Array
-    width: int
-    shape: tuple[int, int]
+    width: int = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
 
 
 class RankPolicy:
@@ -35,12 +38,6 @@ class RankPolicy:
     def choose(self, spectra: Sequence[Spectrum]) -> list[jax.Array]:
         """The ranks `(batch...)`, int32, at most `width`, of all kernels at once."""
         raise NotImplementedError
-
-
-@dataclasses.dataclass(frozen=True)
-class _Keep(RankPolicy):
-    def choose(self, spectra: Sequence[Spectrum]) -> list[jax.Array]:
-        return [s.rank for s in spectra]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +76,12 @@ class _Budget(RankPolicy):
         for s in spectra:
             sigma = s.sigma[..., : s.width] / jnp.where(top > 0, top, 1.0)
             index = jax.lax.broadcasted_iota(jnp.int32, sigma.shape, sigma.ndim - 1)
-            sigma = jnp.where((top == 0) & (index < s.rank[..., None]), 1.0, sigma)
             cost = sum(s.shape) + 2 * index + 1  # r (m + n) + r^2, the growth from r = index to index + 1
-            gain = jnp.where(index < self.min_rank, jnp.inf, jnp.square(sigma) / cost)
+            gain = jnp.square(sigma) / cost
+            # Energies are at most 1: columns of kernels that are zero come first.
+            zero = (s.sigma[..., :1] == 0) & (index < s.rank[..., None])
+            gain = jnp.where(zero, 2.0 / cost + 1, gain)
+            gain = jnp.where(index < self.min_rank, jnp.inf, gain)
             gains.append(gain.reshape(-1))
             costs.append(-(-cost // unit).reshape(-1))
         gain, cost = jnp.concatenate(gains), jnp.concatenate(costs)
@@ -101,41 +101,41 @@ class _Budget(RankPolicy):
         return ranks
 
 
-def keep() -> RankPolicy:
-    """The policy behind `rank=None`: every kernel keeps the rank it had when the optimizer was initialised."""
-    return _Keep()
-
-
 def tolerance(theta: float | jax.Array, *, min_rank: int = 1, max_rank: int | None = None) -> RankPolicy:
     r"""Keeps the smallest rank whose discarded tail is at most `theta`, relative in the Frobenius norm.
 
     .. math:: r' = \min\{r : |\sigma_{r+1:}|_2 \le \theta\,|\sigma|_2\}
 
-    clamped to [min_rank, max_rank]. A step adds at most as many directions as a kernel has, so ranks can
-    double in a step; they grow only if the factors are wider than the rank (`max_rank` of `factorize`). A kernel that
-    is zero, an adapter before its first step say, keeps its rank: its singular values say nothing about it.
+    clamped to [min_rank, max_rank]. A step adds at most as many directions as a kernel has, so a rank can double in a
+    step; it grows only if the factors are wider than the rank (`max_rank` of `factorize`). A kernel that is zero, an
+    adapter before its first step say, keeps its rank, because its singular values tell nothing.
 
     Args:
-      theta: relative tail, usually 0.001 to 0.1. The error of every step adds up to theta / h over a
-        trajectory of step size h, so smaller steps want a smaller theta. A step lies in the tangent space, and
-        new directions enter at its second order, with singular values of about h^2 / sigma_r for a step of norm h:
-        ranks only grow where theta is below that relative to |W|.
+      theta: relative tail, usually 0.001 to 0.1. The errors of all steps add up to theta / h over a trajectory of step
+        size h, so smaller steps want a smaller theta. A step lies in the tangent space, and new directions enter at
+        second order, with singular values of about h^2 / sigma_r for a step of norm h: ranks grow only if theta is
+        below h^2 / (sigma_r |W|).
       min_rank: lower bound.
       max_rank: upper bound; default the width of the factors.
 
     Returns:
-      A policy for the argument `rank` of the optimizers.
+      A policy for the option `rank` of `Tangent`, `Coefficient` and `galerkin`.
 
     Raises:
+      TypeError: for arguments of another type.
       ValueError: for a negative theta or bounds that exclude each other.
 
     Example:
       >>> import lowrank_optax as lro
-      >>> tx = lro.lowrank_adam(1e-3, rank=lro.tolerance(0.02, min_rank=2))
+      >>> tx = lro.lowrank_adam(1e-3, geometry=lro.Tangent(rank=lro.tolerance(0.02, min_rank=2)))
 
     References:
       arXiv:2506.17475, rank truncation.
     """
+    check_number("theta", theta)
+    check_int("min_rank", min_rank)
+    if max_rank is not None:
+        check_int("max_rank", max_rank)
     if isinstance(theta, int | float) and theta < 0:
         raise ValueError(f"theta is a relative tail and must not be negative, got {theta}")
     if min_rank < 1 or (max_rank is not None and max_rank < min_rank):
@@ -146,29 +146,45 @@ def tolerance(theta: float | jax.Array, *, min_rank: int = 1, max_rank: int | No
 def budget(parameters: int, *, min_rank: int = 1) -> RankPolicy:
     r"""Chooses the ranks of all kernels at once so that they hold at most `parameters` values together.
 
-    A kernel of rank r costs :math:`r (m + n) + r^2`. Singular values are taken in the order of energy for
-    cost, :math:`\sigma_j^2 / (m + n + 2j - 1)`, over all kernels until the budget is spent: the greedy
-    solution of "least discarded energy for a total number of parameters", within one singular value of the
-    best. While all kernels are zero they keep their ranks as far as the budget allows.
+    A kernel of rank r costs :math:`r (m + n) + r^2`. Singular values of all kernels are taken in the order of energy
+    for cost, :math:`\sigma_j^2 / (m + n + 2j - 1)`, until the budget is spent. This is the greedy solution of "least
+    discarded energy for a total number of parameters", within one singular value of the best. A kernel that is zero,
+    an adapter before its first step say, keeps its rank as far as the budget allows: its singular values tell nothing,
+    so its columns come first.
 
     Args:
       parameters: total number of values in the active factors of all kernels that the optimizer sees.
-      min_rank: every kernel keeps at least this many, even if that breaks the budget.
+      min_rank: the least rank of every kernel, even if it breaks the budget.
 
     Returns:
-      A policy for the argument `rank` of the optimizers. Rank moves only where the factors are wider than
-      the rank (`max_rank` of `factorize`).
+      A policy for the option `rank` of `Tangent`, `Coefficient` and `galerkin`. Rank moves only where the factors are
+      wider than the rank (`max_rank` of `factorize`).
 
     Raises:
+      TypeError: for arguments that are no ints.
       ValueError: for a budget or a minimum below 1.
 
     Example:
       >>> import lowrank_optax as lro
-      >>> tx = lro.lowrank_adam(1e-3, rank=lro.budget(200_000))
+      >>> tx = lro.lowrank_adam(1e-3, geometry=lro.Tangent(rank=lro.budget(200_000)))
     """
+    check_int("parameters", parameters)
+    check_int("min_rank", min_rank)
     if parameters < 1 or min_rank < 1:
         raise ValueError(f"budget needs parameters >= 1 and min_rank >= 1, got {parameters}, {min_rank}")
     return _Budget(parameters, min_rank)
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises TypeError for anything but a number or an array; `inject_hyperparams` makes arrays of numbers."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number | jax.Array | np.ndarray):
+        raise TypeError(f"{name} is a number, got {value!r}")
+
+
+def check_int(name: str, value: Any) -> None:
+    """Raises TypeError for anything but an int."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} is an int, got {value!r}")
 
 
 def relative_tail(sigma: jax.Array, rank: jax.Array) -> jax.Array:
@@ -176,5 +192,5 @@ def relative_tail(sigma: jax.Array, rank: jax.Array) -> jax.Array:
     top = sigma[..., :1]
     scaled = jnp.square(sigma / jnp.where(top > 0, top, 1.0))
     total = jnp.sum(scaled, axis=-1)
-    tail = jnp.sum(jnp.where(linalg.leading(rank, sigma.shape[-1]), 0.0, scaled), axis=-1)
+    tail = jnp.sum(jnp.where(linalg.rank_mask(rank, sigma.shape[-1]), 0.0, scaled), axis=-1)
     return jnp.sqrt(tail / jnp.where(total > 0, total, 1.0))

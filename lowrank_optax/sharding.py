@@ -1,8 +1,8 @@
-r"""Partition specs: how factored parameters and their optimizer state lie on a mesh, from specs of dense kernels.
+r"""Partition specs of factored parameters and of their optimizer state, from the specs of dense kernels.
 
-A kernel :math:`W = U S V^\top` has the axes of the dense W in two arrays. Rows of U lie as the input axes of W, rows
-of V as its output axes; S and the rank axis are replicated, because every row needs all of S. Axes in front, which
-index stacked layers, stay in front of all three.
+A kernel :math:`W = U S V^\top` has the axes of the dense W in two arrays. Rows of U are sharded like the input axes of
+W, rows of V like its output axes. S and the rank axis are replicated, because every row needs all of S. Axes in front,
+which index stacked layers, stay in front of all three factors.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lowrank_optax.factorize import path_name
+from lowrank_optax.geometry import Coefficients, Pair, TangentVector
 from lowrank_optax.lowrank import LowRank, is_lowrank
+from lowrank_optax.paths import path_name
 
 Rule = Callable[[str, tuple[int, ...]], PartitionSpec | None]
 
@@ -32,7 +33,7 @@ def partition_specs(params: Any, dense: Rule | Any) -> Any:
     Args:
       params: a tree with `LowRank` nodes of arrays or shapes (`jax.eval_shape`).
       dense: the specs of the dense model: a callable of path (`"block/dense/kernel"`) and dense shape, or a tree with
-        one spec in the place of each parameter, kernels included, as `flax.linen.get_partition_spec` returns it.
+        one spec in the place of each parameter and of each kernel, such as `flax.linen.get_partition_spec` returns.
         None means replicated; a spec may be shorter than the shape.
 
     Returns:
@@ -69,9 +70,9 @@ def partition_specs(params: Any, dense: Rule | Any) -> Any:
 def state_specs(state: Any, params: Any, specs: Any) -> Any:
     """Specs of an optimizer state, or of a whole train state, from the specs of the parameters.
 
-    What mirrors a parameter lies as the parameter: moments of ordinary leaves, tangent moments and accumulated
-    gradients of kernels. Coefficients, which are r x r, lie as S. Counters and diagnostics are replicated. A mirror is
-    found by its path, which ends in the path of the parameter, and by its shape.
+    Moments and accumulated gradients are sharded like the parameter that they mirror: pairs like U and V, tangent
+    vectors like U, S and V, coefficients, which are r x r, like S. Counters and diagnostics are replicated. A leaf
+    mirrors a parameter if its path ends in the path of the parameter and the shapes fit.
 
     Args:
       state: a state of any Optax transformation, a Flax `TrainState`, or `nnx.state(optimizer)`, with arrays or shapes
@@ -80,16 +81,16 @@ def state_specs(state: Any, params: Any, specs: Any) -> Any:
       specs: their specs, see `partition_specs`.
 
     Returns:
-      The tree of `state` with a `PartitionSpec` in the place of each array: `jax.jit(tx.init, out_shardings=...)` takes
-      the shardings made of it.
+      The tree of `state` with a `PartitionSpec` in the place of each array. `jax.jit(tx.init, out_shardings=...)` takes
+      the shardings made of these specs.
 
     Example:
-      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
       >>> from jax.sharding import PartitionSpec as P
       >>> params = {"kernel": lro.factorize(jnp.ones((8, 6)), 2)}
       >>> specs = lro.partition_specs(params, {"kernel": P("fsdp", "tensor")})
-      >>> tx = lro.lowrank_adam(1e-3, momentum="tangent")
-      >>> lro.state_specs(jax.eval_shape(tx.init, params), params, specs).inner_state[0].mu["kernel"].V
+      >>> state = jax.eval_shape(lro.lowrank_adam(1e-3).init, params)
+      >>> optax.tree.get(lro.state_specs(state, params, specs), "mu")["kernel"].B
       P('tensor',)
     """
     paths, nodes, treedef = _flatten(params)
@@ -107,12 +108,10 @@ def state_specs(state: Any, params: Any, specs: Any) -> Any:
             return _kernel_mirror(x, p, spec)
         if p is not None and jnp.shape(x) == jnp.shape(p):
             return spec
-        p, spec = owner(key[:-1])  # A field of what is kept of each kernel: its rank, say.
-        if is_lowrank(p) and jnp.shape(x) == p.batch_shape:
-            return _short(tuple(spec.S)[: len(p.batch_shape)])
-        return PartitionSpec()
+        p, spec = owner(key[:-1])  # A field of the diagnostics of a kernel.
+        return _of_batch(x, p, spec) if is_lowrank(p) else PartitionSpec()
 
-    return jax.tree_util.tree_map_with_path(one, state, is_leaf=is_lowrank)
+    return jax.tree_util.tree_map_with_path(one, state, is_leaf=lambda x: type(x) in _MIRRORED)
 
 
 def _flatten(params: Any) -> tuple[list[Any], list[Any], Any]:
@@ -140,19 +139,33 @@ def _spec(name: str, x: Any, dense: Any) -> Any:
 
 
 def _short(axes: tuple[Any, ...]) -> Any:
-    """The spec without replicated axes at its end, which is how XLA spells the shardings of outputs."""
+    """The spec without replicated axes at its end; XLA spells the shardings of outputs so."""
     while axes and axes[-1] is None:
         axes = axes[:-1]
     return PartitionSpec(*axes)
 
 
+# The factors that the arrays of a node mirror, in order.
+_MIRRORED = {LowRank: "USV", TangentVector: "USV", Pair: "UV", Coefficients: "S"}
+
+
 def _kernel_mirror(x: Any, W: LowRank, spec: Any) -> Any:
-    """The spec of a triple or of coefficients that the state keeps of the kernel W."""
-    if is_lowrank(x):
-        factors = zip((x.U, x.S, x.V), (W.U, W.S, W.V), (spec.U, spec.S, spec.V), strict=True)
-        mirrors: Any = (_factor_mirror(y, factor, s, len(W.batch_shape)) for y, factor, s in factors)
-        return LowRank(*mirrors)
-    return spec.S if jnp.ndim(x) == jnp.ndim(W.S) else PartitionSpec()
+    """The spec of a node that the state keeps of the kernel W: coordinates, gradients, a rank."""
+    if type(x) not in _MIRRORED:
+        return _of_batch(x, W, spec)
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(x)
+    names = _MIRRORED[type(x)]
+    if len(leaves) < len(names):  # masks in the place of arrays
+        return jax.tree.map(lambda _: PartitionSpec(), x)
+    rows = zip(leaves, names, strict=True)
+    mirrors = [_factor_mirror(y, getattr(W, k), getattr(spec, k), len(W.batch_shape)) for y, k in rows]
+    return treedef.unflatten(mirrors)
+
+
+def _of_batch(x: Any, W: LowRank, spec: Any) -> PartitionSpec:
+    """The spec of an array with one number for every kernel of a stack; other arrays are replicated."""
+    return _short(tuple(spec.S)[: len(W.batch_shape)]) if jnp.shape(x) == W.batch_shape else PartitionSpec()
 
 
 def _factor_mirror(y: Any, factor: Any, spec: PartitionSpec, batch: int) -> PartitionSpec:
@@ -160,8 +173,8 @@ def _factor_mirror(y: Any, factor: Any, spec: PartitionSpec, batch: int) -> Part
         return spec
     if jnp.ndim(y) != batch + 2:
         return PartitionSpec()
-    # Tangent moments have their rows in one axis. If it is made of several and another than the first is sharded, its
-    # rows lie on as many devices, but in another order.
+    # Moments have their rows in one axis. If it joins several axes and another than the first is sharded, its rows are
+    # split over as many devices, but in another order.
     axes = (*spec, *(None,) * batch)
     return _short((*axes[:batch], _merged(tuple(spec)[batch:])))
 

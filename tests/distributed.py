@@ -23,12 +23,12 @@ BATCH, WIDTH, OUTPUTS, LAYERS, RANK = 64, 32, 8, 2, 4
 # with the default eps, and any two summation orders part within a few steps; this eps, near the size of the gradients,
 # makes the step a smooth function of them.
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
-    "adam": lambda: lro.lowrank_adam(5e-3, eps=3e-3, momentum="coefficient"),
+    "adam": lambda: lro.lowrank_adam(5e-3, eps=3e-3, geometry=lro.Coefficient()),
     "adam-balanced": lambda: lro.lowrank_adam(5e-3, eps=3e-3),
-    "adam-tangent": lambda: lro.lowrank_adam(5e-3, eps=3e-3, momentum="tangent"),
-    "muon": lambda: lro.lowrank_muon(0.01, adam_learning_rate=1e-3, momentum="coefficient"),
+    "adam-tangent": lambda: lro.lowrank_adam(5e-3, eps=3e-3, geometry=lro.Tangent()),
+    "muon": lambda: lro.lowrank_muon(0.01, adam_learning_rate=1e-3, geometry=lro.Coefficient()),
     "muon-balanced": lambda: lro.lowrank_muon(0.01, adam_learning_rate=1e-3),
-    "muon-tangent": lambda: lro.lowrank_muon(0.01, adam_learning_rate=1e-3, momentum="tangent"),
+    "muon-tangent": lambda: lro.lowrank_muon(0.01, adam_learning_rate=1e-3, geometry=lro.Tangent()),
 }
 
 

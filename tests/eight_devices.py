@@ -1,4 +1,4 @@
-"""The tests that need eight devices; `tests/test_sharding.py` runs this file in a process that has them."""
+"""The tests that need eight devices; `tests/devices/test_sharding.py` runs this file in a process that has them."""
 
 import functools
 import pathlib
@@ -270,7 +270,7 @@ def test_explicit_wrappers(explicit, name):
     tx = {
         "injected": lambda: optax.inject_hyperparams(lro.lowrank_heavy_ball)(learning_rate=0.1),
         "riemannian": lambda: optax.chain(lro.project_to_tangent(), optax.scale(-0.1), lro.retract()),
-        "galerkin": lambda: lro.lowrank_heavy_ball(0.1, gradient="galerkin"),
+        "galerkin": lambda: lro.galerkin(optax.sgd(0.1, 0.9)),
     }[name]()
 
     def run(params, x, y):
@@ -331,7 +331,7 @@ def test_linen_train_state():
     shardings = d.shardings(mesh, specs)
     state = jax.jit(create, out_shardings=shardings)()
     assert_lies_as(state, shardings)
-    assert optax.tree.get(state.opt_state, "mu")["layers_0"]["kernel"].U.sharding.spec == P("fsdp")
+    assert optax.tree.get(state.opt_state, "mu")["layers_0"]["kernel"].Up.sharding.spec == P("fsdp")
     sharded = losses_of(jax.jit(step, out_shardings=(shardings, None)), state)
     np.testing.assert_allclose(sharded, losses_of(jax.jit(step), jax.device_get(state)), rtol=1e-5)
 

@@ -1,4 +1,4 @@
-"""One of several processes that train together; `tests/test_processes.py` starts them.
+"""One of several processes that train together; `tests/devices/test_processes.py` starts them.
 
     python -m tests.process START PROCESS COUNT PORT [die]
 

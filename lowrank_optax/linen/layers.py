@@ -17,7 +17,7 @@ Init = Callable[..., Any]
 
 
 class _LowRankLayer(nn.Module):
-    """The common part: parameters shaped by the stock layer, forward pass shared with `apply`."""
+    """The common part: the stock layer gives the shapes of the parameters, and `apply` shares the forward pass."""
 
     stock: ClassVar[Any]
 

@@ -1,4 +1,4 @@
-"""Masks by path that end at kernels, not at their factors."""
+"""Masks by path that end at kernels and not at their factors."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 import jax
 
-from lowrank_optax.factorize import path_name
+from lowrank_optax.geometry import is_coordinates
 from lowrank_optax.lowrank import is_lowrank
+from lowrank_optax.paths import path_name
 
 
 def path_mask(chosen: str | Callable[[str], bool]) -> Callable[[Any], Any]:
     """A mask for Optax that says yes or no once for every kernel, factored or not.
 
-    Leaves of a factored kernel are called `kernel/U`, which patterns such as `.*/kernel$` miss. Here the
-    path of a `LowRank` node is that of the kernel, and the node gets one bool: a prefix tree, which
-    `optax.masked`, `optax.adamw(mask=...)` and the labels of `optax.partition` accept. Inside `fixed_rank` the
-    inner optimizer sees one matrix of coefficients at this path (momentum="coefficient") or a LowRank node
-    (momentum="tangent"), so choose by path, not by shape.
+    Leaves of a factored kernel are called `kernel/U`, which patterns such as `.*/kernel$` miss. Here a `LowRank` node
+    has the path of the kernel and gets one bool. The mask is a prefix tree, which `optax.masked`,
+    `optax.adamw(mask=...)` and the labels of `optax.partition` accept. Inside `fixed_rank` the inner optimizer sees
+    coordinates of the kernel at this path, so choose by path, not by shape.
 
     Args:
       chosen: regular expression searched in the path (`"block/dense/kernel"`), or predicate of the path.
@@ -39,6 +39,7 @@ def path_mask(chosen: str | Callable[[str], bool]) -> Callable[[Any], Any]:
         return bool(pattern.search(path) if pattern else chosen(path))  # type: ignore[operator]
 
     def mask(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: decide(path_name(path)), params, is_leaf=is_lowrank)
+        is_kernel = lambda x: is_lowrank(x) or is_coordinates(x)  # noqa: E731
+        return jax.tree_util.tree_map_with_path(lambda path, _: decide(path_name(path)), params, is_leaf=is_kernel)
 
     return mask

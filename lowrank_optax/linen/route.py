@@ -17,9 +17,9 @@ from lowrank_optax.lowrank import LowRank, is_lowrank
 class apply:
     r"""`model.apply` for parameters that hold `LowRank` kernels, :math:`y = x U S V^\top + b`.
 
-    The model stays as it is. Where an `nn.Dense`, `nn.DenseGeneral`, `nn.Conv` or `nn.ConvTranspose`
-    finds a `LowRank` kernel, at any depth of `nn.scan`, `nn.vmap`, `nn.remat` or attention, the layer
-    runs on the factors; every other layer runs as always.
+    The model does not change. An `nn.Dense`, `nn.DenseGeneral`, `nn.Conv` or `nn.ConvTranspose` that finds a
+    `LowRank` kernel, at any depth of `nn.scan`, `nn.vmap`, `nn.remat` or attention, runs on the factors. Every
+    other layer runs as always.
 
     Args:
       model: a linen module.
@@ -40,8 +40,8 @@ class apply:
 
     model: nn.Module
 
-    # Equal like the bound method `model.apply`: train states of one model have one tree structure, and models
-    # with arrays among their fields, which have no hash, work too.
+    # Compared by identity, like the bound method `model.apply`: train states of one model have one tree structure, and
+    # models with arrays among their fields, which have no hash, work too.
     def __eq__(self, other: object) -> bool:
         return isinstance(other, apply) and self.model is other.model
 
@@ -80,7 +80,7 @@ def _factored(module: nn.Module) -> dict[str, LowRank]:
     if module.scope is None:
         return {}
     params = module.scope.variables().get("params", {})
-    # Partitioned.unbox would constrain each factor by the names of the dense axes; take the content.
+    # The content of each box, because Partitioned.unbox would constrain each factor by the names of the dense axes.
     content: dict[str, Any] = {
         name: getattr(leaf, "value", leaf) if isinstance(leaf, meta.AxisMetadata) else leaf
         for name, leaf in params.items()

@@ -1,4 +1,4 @@
-"""What the stock Flax layers declare, and their forward pass with a factored kernel."""
+"""The kernel axes that stock Flax layers declare, and their forward pass with a factored kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax
 from lowrank_optax.factorize import Axes
 from lowrank_optax.lowrank import LowRank, absorb, contract
 
-# Keyed by the forward function rather than by the class: a subclass that wraps `super().__call__` (and
+# Keyed by the forward function and not by the class, because a subclass that wraps `super().__call__` (and
 # every class that nn.remat, nn.scan or nn.vmap makes) still reaches this one function.
 _FORWARD = {inspect.unwrap(layer.__call__): layer for layer in (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose)}
 
@@ -61,7 +61,7 @@ def forward(layer: Any, kernel: LowRank, bias: Any, inputs: Any, *args: Any, **k
     dense = isinstance(layer, nn.Dense | nn.DenseGeneral)
     row = kernel.batch_shape + (kernel.in_shape if dense else kernel.in_shape[-1:])
     U, S, V = absorb(LowRank(U, S, V), inputs.size // math.prod(row), precision=layer.precision)
-    narrow = layer.clone(features=kernel.rank, use_bias=False, kernel_init=nn.initializers.zeros)
+    narrow = layer.clone(features=kernel.width, use_bias=False, kernel_init=nn.initializers.zeros)
     y = narrow.apply({"params": {"kernel": U}}, inputs, *args, **kwargs)
     nbatch = len(kernel.batch_shape)
     batch = (tuple(range(nbatch)),) * 2

@@ -22,7 +22,7 @@ def factorize(model: Any, rank: Rank, *, max_rank: Rank | None = None, where: Wh
     .. math:: W \approx U S V^\top, \quad y = x U S V^\top + b
 
     The kernels of `nnx.Linear`, `nnx.LinearGeneral` (hence `nnx.MultiHeadAttention`) and `nnx.Conv` without
-    groups and mask become `nnx.Param(LowRank)`. The layers stay the stock ones, their `dot_general`,
+    groups and mask become `nnx.Param(LowRank)`. The layers stay the stock ones, and their `dot_general`,
     `conv_general_dilated` and `promote_dtype` hooks run the factors. Axes are read off the layers; further
     axes in front, from `nnx.vmap`, index independent kernels. Call it before you create the `nnx.Optimizer`.
 
@@ -105,7 +105,7 @@ def _fits(rank: Rank, name: str, shape: tuple[int, ...], axes: Axes) -> bool:
 def _install(layer: Any, kernel: Any) -> None:
     """Puts a factored kernel and the hooks that run it into a stock layer."""
     layer.kernel.set_value(kernel)
-    # The mesh axes of a dense kernel describe none of its factors.
+    # The mesh axes of a dense kernel do not fit its factors.
     if layer.kernel.has_metadata("out_sharding"):
         layer.kernel.del_metadata("out_sharding")
     if not isinstance(layer.promote_dtype, PromoteLeaves):

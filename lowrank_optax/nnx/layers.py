@@ -30,7 +30,7 @@ class LowRankLinear(nnx.Linear):
       >>> from flax import nnx
       >>> import jax.numpy as jnp, lowrank_optax as lro
       >>> layer = lro.nnx.LowRankLinear(8, 6, rank=2, rngs=nnx.Rngs(0))
-      >>> layer.kernel[...].rank, layer(jnp.ones((3, 8))).shape
+      >>> layer.kernel[...].width, layer(jnp.ones((3, 8))).shape
       (2, (3, 6))
     """
 

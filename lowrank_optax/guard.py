@@ -1,0 +1,101 @@
+"""The guard: a step that meets or makes a number that is not finite is skipped and counted, but not for ever."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.linalg import all_finite
+
+# A loss scale that halves at each overflow needs as many steps to fall from 2^15 to 1.
+MOST_SKIPS = 15
+
+
+class SkipNotFiniteState(NamedTuple):
+    """State of `skip_not_finite`.
+
+    Attributes:
+      inner_state: state of the transformation inside.
+      notfinite_count: number of steps so far that met or made a number that is not finite, int32.
+      consecutive_notfinite: number of such steps since the last finite one, int32.
+    """
+
+    inner_state: optax.OptState
+    notfinite_count: jax.Array
+    consecutive_notfinite: jax.Array
+
+
+def skip_not_finite(
+    inner: optax.GradientTransformation, max_consecutive_skips: int | jax.Array = MOST_SKIPS
+) -> optax.GradientTransformationExtraArgs:
+    """Skips a step that is not finite: updates are zero, and the state of `inner` stays.
+
+    A step is not finite if NaN or an infinity occurs in a gradient, in an update, or in a number of the state that was
+    finite before. `optax.apply_if_finite` looks at gradients only, so a division by zero in the state would stay. After
+    `max_consecutive_skips` such steps in a row both let the next ones through. A lasting fault then shows as NaN in the
+    loss, and not as a run that stands still.
+
+    Args:
+      inner: the transformation.
+      max_consecutive_skips: the most steps in a row that are skipped. Default 15: a loss scale that halves at each
+        overflow falls from 2^15 to 1 in as many steps.
+
+    Returns:
+      An Optax transformation with a `SkipNotFiniteState`.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> tx = lro.skip_not_finite(optax.adam(0.1))
+      >>> updates, state = tx.update(jnp.array([jnp.nan]), tx.init(jnp.zeros(1)))
+      >>> updates.tolist(), int(state.notfinite_count)
+      ([0.0], 1)
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> SkipNotFiniteState:
+        return SkipNotFiniteState(inner.init(params), *(jnp.zeros((), jnp.int32) for _ in range(2)))
+
+    def update(grads: Any, state: SkipNotFiniteState, params: Any = None, **extra_args: Any) -> Any:
+        if not isinstance(state, SkipNotFiniteState):
+            raise ValueError(
+                f"the optimizer state is a {type(state).__name__} and not that of this optimizer: "
+                "make it with tx.init(params)"
+            )
+        updates, inner_state = inner.update(grads, state.inner_state, params, **extra_args)
+
+        finite = _is_finite(grads, updates, state.inner_state, inner_state)
+        through = finite | (state.consecutive_notfinite >= max_consecutive_skips)
+
+        def select(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda a, b: a if a is b else jnp.where(through, a, b), new, old)
+
+        count, row = (optax.safe_increment(x) for x in state[1:])
+        state = SkipNotFiniteState(
+            select(inner_state, state.inner_state),
+            jnp.where(finite, state.notfinite_count, count),
+            jnp.where(finite, 0, row),
+        )
+        return select(updates, jax.tree.map(jnp.zeros_like, updates)), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+@jax.jit
+def _is_finite(grads: Any, updates: Any, old: Any, new: Any) -> jax.Array:
+    """Whether gradients and updates are finite and no leaf of the state has become infinite or NaN.
+
+    A state may hold infinities on purpose, as the start of a best value so far.
+    """
+
+    def results() -> jax.Array:
+        finite = all_finite(updates)
+        for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+            if jnp.issubdtype(jnp.result_type(b), jnp.inexact):
+                finite &= all_finite(b) | ~all_finite(a)
+        return finite
+
+    # In a branch, because XLA on CPU would otherwise compute every leaf a second time inside its check.
+    return jax.lax.cond(all_finite(grads), results, lambda: jnp.zeros((), bool))
