@@ -9,6 +9,7 @@ from lowrank_optax.average import incremental_update
 from lowrank_optax.chainable import clip_by_tangent_norm, project_to_tangent, retract, tangent_norm
 from lowrank_optax.diagnostics import Diagnostics, diagnostics, ranks
 from lowrank_optax.door import FixedRankState
+from lowrank_optax.einsum import einsum, einsum_axes
 from lowrank_optax.factorize import Axes, densify, factorize, lowrank_init, orthonormalize
 from lowrank_optax.galerkin import GalerkinState, galerkin
 from lowrank_optax.geometry import Balanced, Coefficient, Tangent
@@ -51,6 +52,8 @@ __all__ = [
     "densify",
     "diagnostics",
     "dot_general",
+    "einsum",
+    "einsum_axes",
     "export_lora",
     "factorize",
     "fixed_rank",

@@ -3,7 +3,8 @@
 from lowrank_optax.linen import serialization as serialization
 from lowrank_optax.linen.layers import LowRankConv, LowRankDense, LowRankDenseGeneral
 from lowrank_optax.linen.paths import path_mask
-from lowrank_optax.linen.route import apply
+from lowrank_optax.linen.registry import register
+from lowrank_optax.linen.route import apply, factored
 from lowrank_optax.linen.where import kernels
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "LowRankDense",
     "LowRankDenseGeneral",
     "apply",
+    "factored",
     "kernels",
     "path_mask",
+    "register",
 ]

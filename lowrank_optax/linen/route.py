@@ -1,25 +1,60 @@
-"""`apply`: an unmodified Flax model whose kernels are factored."""
+"""`factored` and `apply`: unmodified Flax models whose kernels are factored."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
-from flax import errors
 from flax.core import meta
 
-from lowrank_optax.linen.stock import forward, kernel_axes, running
+from lowrank_optax.factorize import Axes
+from lowrank_optax.linen import stock as stock  # registers Flax's own layers
+from lowrank_optax.linen.misfit import LayerError, misfit, refuse_normalized, refused, stacked_misfit
+from lowrank_optax.linen.registry import Layer, declared_axes, find, leaves_of, normalizer
 from lowrank_optax.lowrank import LowRank, is_lowrank
+
+
+@contextlib.contextmanager
+def factored() -> Iterator[None]:
+    r"""Runs linen models on `LowRank` kernels, :math:`y = x U S V^\top + b`, whatever calls them.
+
+    Within the context every `nn.Dense`, `nn.DenseGeneral`, `nn.Conv`, `nn.ConvTranspose`, `nn.Einsum` and layer of
+    `register` that finds a factored kernel runs on the factors: in `model.apply`, `bind`, `nn.apply`, a wrapper's
+    `self.module.apply`, at any depth of `nn.scan`, `nn.vmap`, `nn.remat`, `nn.jit` or attention. Every other layer runs
+    as always.
+
+    It acts while Python calls the model. Of a function under `jax.jit`, `grad` or `scan` that is when it is traced:
+    also at its first call with new shapes, and in the thread that makes the call. As a decorator below `jax.jit` it is
+    active at every trace.
+
+    Raises:
+      TypeError: when a `LowRank` kernel sits in a module that cannot run on factors, or is split into other axes
+        than its layer declares.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> model, x = nn.Dense(6), jnp.ones((2, 8))
+      >>> params = lro.factorize(model.init(jax.random.key(0), x)["params"], rank=3)
+      >>> with lro.linen.factored():
+      ...     jax.jit(model.apply)({"params": params}, x).shape
+      (2, 6)
+      >>> @jax.jit
+      ... @lro.linen.factored()
+      ... def forward(params, x):
+      ...     return model.apply({"params": params}, x)
+      >>> forward(params, x).shape
+      (2, 6)
+    """
+    with nn.intercept_methods(_intercept):
+        yield
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class apply:
-    r"""`model.apply` for parameters that hold `LowRank` kernels, :math:`y = x U S V^\top + b`.
-
-    The model does not change. An `nn.Dense`, `nn.DenseGeneral`, `nn.Conv` or `nn.ConvTranspose` that finds a
-    `LowRank` kernel, at any depth of `nn.scan`, `nn.vmap`, `nn.remat` or attention, runs on the factors. Every
-    other layer runs as always.
+    r"""`model.apply` for parameters that hold `LowRank` kernels: one call of it within `factored`.
 
     Args:
       model: a linen module.
@@ -28,7 +63,7 @@ class apply:
       Callable with the signature of `model.apply`: `(variables, *args, rngs=..., method=..., mutable=...)`.
 
     Raises:
-      TypeError: on call, if a `LowRank` kernel sits in a module that cannot run on factors.
+      TypeError: on call, as in `factored`.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lowrank_optax as lro
@@ -49,40 +84,73 @@ class apply:
         return hash((apply, id(self.model)))
 
     def __call__(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        with nn.intercept_methods(_intercept):
+        with factored():
             return self.model.apply(variables, *args, **kwargs)
 
 
 def _intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-    """Runs a stock layer with a factored kernel by `forward`, anything else unchanged."""
+    """Runs a registered layer with factored kernels by its `forward`, anything else unchanged."""
     module: Any = context.module
-    factored = _factored(module)
-    if not factored:
-        return next_fun(*args, **kwargs)
-    layer = running(context)
-    if layer is not None and set(factored) == {"kernel"} and kernel_axes(layer) is not None:
-        bias = meta.unbox(module.get_variable("params", "bias")) if module.use_bias else None
-        return forward(layer, factored["kernel"], bias, *args, **kwargs)
+    if normalizer(module) is not None:
+        refuse_normalized(module)
+    own = _own_parameters(module)
+    kernels = {name: leaf for name, leaf in own.items() if is_lowrank(leaf)}
+    layer = find(module, getattr(context.orig_method, "func", None)) if kernels else None
+    if layer is not None and set(kernels) <= set(layer.leaves):
+        weights = _checked(layer, module, own, args, kwargs)
+        return layer.forward(module, *weights, *args, **kwargs)
+    if context.method_name == "setup" and kernels and set(kernels) <= leaves_of(type(module)):
+        with _parameters_as_they_are(module, kernels):
+            return next_fun(*args, **kwargs)
     try:
         return next_fun(*args, **kwargs)  # A module may be written for LowRank parameters.
-    except (errors.ScopeParamShapeError, TypeError, ValueError) as e:
-        names = ["/".join((*module.path, name)) for name in factored]
-        raise TypeError(
-            f"{type(module).__name__} cannot run with a LowRank parameter at {names}: factors run in Dense, "
-            "DenseGeneral, Conv and ConvTranspose without groups, mask, transpose_kernel or *_cls hooks. "
-            "Leave it dense: lowrank_optax.factorize(..., where=lowrank_optax.linen.kernels(model, *inputs)), "
-            "or a `where` that returns False for it"
-        ) from e
+    except Exception as e:
+        error = refused(e, module, kernels) or stacked_misfit(e, module, context.method_name, args, kwargs)
+        if error is None:
+            raise
+        raise error from e
 
 
-def _factored(module: nn.Module) -> dict[str, LowRank]:
-    """The LowRank parameters that belong to this very module."""
+def _own_parameters(module: Any) -> dict[str, Any]:
+    """The parameters that belong to this very module, boxes opened."""
     if module.scope is None:
         return {}
     params = module.scope.variables().get("params", {})
     # The content of each box, because Partitioned.unbox would constrain each factor by the names of the dense axes.
-    content: dict[str, Any] = {
+    return {
         name: getattr(leaf, "value", leaf) if isinstance(leaf, meta.AxisMetadata) else leaf
         for name, leaf in params.items()
     }
-    return {name: leaf for name, leaf in content.items() if is_lowrank(leaf)}
+
+
+def _checked(layer: Layer, module: Any, own: dict[str, Any], args: Any, kwargs: Any) -> list[Any]:
+    """The kernels of a layer in its order, those factored with the axes that it declares."""
+    declared = declared_axes(layer, module, args, kwargs)
+    for name, axes in declared.items():
+        W: Any = own.get(name)
+        if not is_lowrank(W):
+            continue
+        path = "/".join((*module.path, name))
+        if isinstance(axes, str):
+            raise LayerError(
+                f"{type(module).__name__} cannot run with a LowRank parameter at {path!r}: {axes}. Leave it dense: "
+                "lowrank_optax.factorize(..., where=lowrank_optax.linen.kernels(model, *inputs)), or a `where` that "
+                "returns False for it"
+            )
+        if axes != Axes(len(W.batch_shape), len(W.in_shape)) or W.ndim <= sum(axes):
+            raise misfit(path, type(module).__name__, W, axes)
+    return [own[name] if is_lowrank(own.get(name)) else meta.unbox(own.get(name)) for name in layer.leaves]
+
+
+@contextlib.contextmanager
+def _parameters_as_they_are(module: Any, kernels: dict[str, LowRank]) -> Iterator[None]:
+    """`module.param` gives factored kernels without the check of their shape, which is that of one array."""
+
+    def param(name: str, *args: Any, **kwargs: Any) -> Any:
+        return kernels[name] if name in kernels else type(module).param(module, name, *args, **kwargs)
+
+    object.__setattr__(module, "param", param)
+    try:
+        yield
+    finally:
+        object.__delattr__(module, "param")

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
+from flax import errors
 
+from lowrank_optax.einsum import einsum, einsum_axes, output_sizes
 from lowrank_optax.factorize import Axes
+from lowrank_optax.linen.registry import register
 from lowrank_optax.lowrank import LowRank, absorb, contract
-
-# Keyed by the forward function and not by the class, because a subclass that wraps `super().__call__` (and
-# every class that nn.remat, nn.scan or nn.vmap makes) still reaches this one function.
-_FORWARD = {inspect.unwrap(layer.__call__): layer for layer in (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose)}
 
 # Hooks that create variables of their own (fp8) and therefore do not run on a detached layer.
 _VARIABLE_HOOKS = ("dot_general_cls", "conv_general_dilated_cls")
@@ -28,27 +27,33 @@ def detach(layer: type[nn.Module], module: nn.Module, **changes: Any) -> nn.Modu
     return layer(**{**values, **changes, "parent": None})
 
 
-def running(context: nn.module.InterceptorContext) -> nn.Module | None:
-    """The stock layer whose forward pass an interceptor is about to run, detached; None for others."""
-    layer = _FORWARD.get(getattr(context.orig_method, "func", None))
-    # nn.ConvLocal runs the code of nn.Conv with a kernel of another meaning.
-    if layer is None or not getattr(context.module, "shared_weights", True):
-        return None
-    return detach(layer, context.module)
-
-
-def kernel_axes(layer: Any) -> Axes | None:
-    """The axes of a stock layer's kernel, None where its kernel is not one matrix from inputs to outputs."""
-    if any(getattr(layer, hook, None) is not None for hook in _VARIABLE_HOOKS):
-        return None
+def kernel_axes(layer: Any, *args: Any, **kwargs: Any) -> Axes:
+    """The axes of a stock layer's kernel; ValueError, with the reason, where it is no matrix from inputs to outputs."""
+    hook = next((hook for hook in _VARIABLE_HOOKS if getattr(layer, hook, None) is not None), None)
+    if hook is not None:
+        raise ValueError(f"its layer has a {hook}, which may make variables of its own")
     if isinstance(layer, nn.Dense):
         return Axes(0, 1)
     if isinstance(layer, nn.DenseGeneral):
         return Axes(len(_tuple(layer.batch_dims)), len(_tuple(layer.axis)))
-    grouped = getattr(layer, "feature_group_count", 1) > 1
-    if grouped or layer.mask is not None or getattr(layer, "transpose_kernel", False):
-        return None
+    if layer.mask is not None:
+        raise ValueError("its convolution has a mask")
+    if getattr(layer, "feature_group_count", 1) > 1:
+        raise ValueError(f"its convolution has {layer.feature_group_count} groups")
+    if getattr(layer, "transpose_kernel", False):
+        raise ValueError("its convolution has transpose_kernel=True")
     return Axes(0, len(_tuple(layer.kernel_size)) + 1)
+
+
+def _kernel_shape(layer: Any, inputs: Any) -> tuple[int, ...]:
+    """The shape that a stock layer declares for its kernel."""
+    shape = tuple(jax.numpy.shape(inputs))
+    if isinstance(layer, nn.Dense):
+        return shape[-1], layer.features
+    if isinstance(layer, nn.DenseGeneral):
+        axes = sorted(axis % len(shape) for axis in _tuple(layer.axis))
+        return (*(shape[i] for i in (*sorted(_tuple(layer.batch_dims)), *axes)), *_tuple(layer.features))
+    return (*_tuple(layer.kernel_size), shape[-1], layer.features)
 
 
 def forward(layer: Any, kernel: LowRank, bias: Any, inputs: Any, *args: Any, **kwargs: Any) -> jax.Array:
@@ -74,5 +79,51 @@ def forward(layer: Any, kernel: LowRank, bias: Any, inputs: Any, *args: Any, **k
     return y + bias.reshape(kernel.batch_shape + free + kernel.out_shape)
 
 
+def _running(stock: type[nn.Module]) -> Callable[..., jax.Array]:
+    """`forward` for the modules of a stock class, with the checks of shapes that Flax makes for a dense kernel."""
+
+    def run(module: Any, W: LowRank, inputs: Any, *args: Any, **kwargs: Any) -> jax.Array:
+        layer = detach(stock, module)
+        _check_shape(module, W, _kernel_shape(layer, inputs))
+        return forward(layer, W, _bias(module, W.batch_shape + W.out_shape), inputs, *args, **kwargs)
+
+    return run
+
+
+def _einsum_equation(module: Any, inputs: Any, einsum_str: str | None = None) -> str:
+    return nn.merge_param("einsum_str", module.einsum_str, einsum_str)
+
+
+def _run_einsum(module: Any, W: LowRank, inputs: Any, einsum_str: str | None = None) -> jax.Array:
+    """`nn.Einsum` with a factored kernel."""
+    equation = _einsum_equation(module, inputs, einsum_str)
+    _check_shape(module, W, tuple(module.shape))
+    sizes = output_sizes(equation, jax.numpy.ndim(inputs), W.shape)
+    bias = _bias(module, tuple(size for size in sizes if size is not None))
+    inputs, U, S, V, bias = module.promote_dtype(inputs, W.U, W.S, W.V, bias, dtype=module.dtype)
+    options = dict(precision=module.precision, preferred_element_type=module.preferred_element_type)
+    y = einsum(equation, inputs, LowRank(U, S, V), **options)
+    return y if bias is None else y + bias.reshape([1 if size is None else size for size in sizes])
+
+
+def _check_shape(module: Any, W: LowRank, declared: tuple[int, ...]) -> None:
+    if W.shape != declared:
+        raise errors.ScopeParamShapeError("kernel", module.scope.path_text, W.shape, declared)
+
+
+def _bias(module: Any, shape: tuple[int, ...]) -> Any:
+    """The bias, whose shape Flax checks; its own initialiser may be one for other axes."""
+    return module.param("bias", nn.initializers.zeros, shape, module.param_dtype) if module.use_bias else None
+
+
 def _tuple(x: Any) -> tuple[int, ...]:
     return (x,) if isinstance(x, int) else tuple(x)
+
+
+for _stock in (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose):
+    register(_stock, axes=kernel_axes, forward=_running(_stock))
+register(
+    nn.Einsum,
+    axes=lambda module, *args, **kwargs: einsum_axes(_einsum_equation(module, *args, **kwargs)),
+    forward=_run_einsum,
+)

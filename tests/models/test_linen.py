@@ -117,14 +117,17 @@ class Native(nn.Module):
     ],
     ids=["grouped", "masked", "transposed", "local", "embed", "custom"],
 )
-def test_other_modules_refuse_factors_and_kernels_leaves_them_dense(layer, shape, axes, rank):
+def test_other_modules_refuse_factors_and_kernels_says_so(layer, shape, axes, rank):
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
             return layer(name="inner")(x)
 
     x = draw(shape) if len(shape) > 1 else jnp.zeros(shape, int)
-    assert count_kernels(init(Model(), x)) == 0
+    with pytest.raises(
+        ValueError, match=r"no kernel that can be factored(?s:.*)inner/(kernel|embedding)(?s:.*)register"
+    ):
+        lro.linen.kernels(Model(), x)
     variables = init(Model(), x, rank, lambda path, _: None if "bias" in path else axes)
     assert count_kernels(variables) == 1
     with pytest.raises(TypeError, match=r"inner/(kernel|embedding).*where"):

@@ -1,0 +1,128 @@
+"""Errors of models whose factored kernels do not fit their layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import errors
+
+from lowrank_optax import lowrank
+from lowrank_optax.factorize import Axes
+from lowrank_optax.linen.where import declarations
+from lowrank_optax.lowrank import LowRank, is_lowrank
+from lowrank_optax.paths import path_name
+
+_ADVICE = (
+    "lowrank_optax.factorize(params, rank, where=lowrank_optax.linen.kernels(model, *inputs)) reads the axes off the "
+    "model"
+)
+# Products whose errors concern shapes of activations, in modules written for LowRank parameters.
+_PRODUCTS = {"matmul", "dot_general"}
+
+
+class LayerError(TypeError):
+    """A factored kernel in a layer that cannot run with it."""
+
+
+class SlicedError(LayerError):
+    """Factors that nn.scan or nn.vmap sliced along an axis they do not share; a module above can say more."""
+
+
+def refused(error: Exception, module: Any, kernels: Mapping[str, LowRank]) -> LayerError | None:
+    """The error of a module that takes its kernels for arrays; None if something else is wrong."""
+    if not kernels or not _about_factors(error, module, kernels):
+        return None
+    names = ["/".join((*module.path, name)) for name in kernels]
+    return LayerError(
+        f"{type(module).__name__} cannot run with a LowRank parameter at {names}: factors run in Dense, DenseGeneral, "
+        "Conv, ConvTranspose (without groups, mask, transpose_kernel or *_cls hooks), Einsum, and layers of "
+        "lowrank_optax.linen.register. Register it, or leave it dense: lowrank_optax.factorize(..., "
+        "where=lowrank_optax.linen.kernels(model, *inputs)), or a `where` that returns False for it"
+    )
+
+
+def _about_factors(error: Exception, module: Any, kernels: Mapping[str, LowRank]) -> bool:
+    """True for Flax's check of the shape of one of these kernels, and for operations that a LowRank has not."""
+    text = str(error)
+    if isinstance(error, errors.ScopeParamShapeError):
+        return any(text.startswith(f'For parameter "{name}" in "{module.scope.path_text}"') for name in kernels)
+    if (
+        f"{LowRank.__module__}.{LowRank.__qualname__}" in text or "'LowRank' object" in text
+    ):  # in words of JAX or Python
+        return isinstance(error, TypeError | ValueError | AttributeError)
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    code = None if at is None else at.tb_frame.f_code
+    return code is not None and code.co_filename == lowrank.__file__ and code.co_name not in _PRODUCTS
+
+
+def refuse_normalized(module: Any) -> None:
+    """Raises LayerError if the layer of an nn.WeightNorm or nn.SpectralNorm holds factored kernels."""
+    scope = getattr(module.layer_instance, "scope", None)
+    params = {} if scope is None else scope.variables().get("params", {})
+    leaves = jax.tree.leaves_with_path(params, is_leaf=is_lowrank)
+    names = ["/".join((*module.layer_instance.path, path_name(path))) for path, W in leaves if is_lowrank(W)]
+    if names:
+        raise LayerError(
+            f"{type(module).__name__} normalises each array of a layer, and would normalise the factors of {names}. "
+            f"Leave those dense: {_ADVICE}"
+        )
+
+
+def misfit(path: str, owner: str, W: LowRank, axes: Axes) -> LayerError:
+    """The error of a kernel that is split into other axes than its layer declares."""
+    shape, inner = W.shape, axes.batch + axes.inputs
+    if min(W.U.ndim, W.S.ndim, W.V.ndim) < 2:
+        return SlicedError(
+            f"the kernel {path!r} has factors of shapes {W.U.shape}, {W.S.shape}, {W.V.shape}, but its layer {owner} "
+            f"declares {axes}: {_ADVICE}"
+        )
+    return LayerError(
+        f"the kernel {path!r} of shape {shape} is split into batch {W.batch_shape}, inputs {W.in_shape} and outputs "
+        f"{W.out_shape}, but its layer {owner} declares batch {shape[: axes.batch]}, inputs "
+        f"{shape[axes.batch : inner]} and outputs {shape[inner:]}: {_ADVICE}"
+    )
+
+
+def stacked_misfit(error: Exception, module: Any, method: str, args: Any, kwargs: Any) -> LayerError | None:
+    """The error of a kernel below, stacked by nn.scan or nn.vmap, whose stacked axis was taken for an input axis.
+
+    Such factors have no first axis in common, so JAX refuses to slice them, or their layer meets odd slices. The axes
+    that the layer declares are found by a trace with dense kernels, which only this failure costs.
+    """
+    sliced = isinstance(error, SlicedError)
+    known = isinstance(error, LayerError) and not sliced
+    if known or module.scope is None or not isinstance(error, TypeError | ValueError):
+        return None
+    params = module.scope.variables().get("params", {})
+    leaves = jax.tree.leaves_with_path(params, is_leaf=is_lowrank)
+    suspects = {path_name(path): W for path, W in leaves if is_lowrank(W) and (sliced or _no_common_first_axis(W))}
+    if not suspects:
+        return None
+
+    def run() -> Any:
+        unbound, variables = module.unbind()
+        dense = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype) if is_lowrank(x) else x, dict(variables), is_leaf=is_lowrank
+        )
+        rngs = {name: jax.random.key(0) for name in module.scope.rngs}
+        return unbound.apply(dense, *args, method=method, rngs=rngs, mutable=True, **kwargs)
+
+    try:
+        declared, classes, _ = declarations(run)
+    except Exception:  # The model fails with dense kernels too: its own error stands.
+        return None
+    for name, W in suspects.items():
+        axes = declared[name].axes_in(W.shape) if name in declared else ""
+        if isinstance(axes, Axes) and axes != Axes(len(W.batch_shape), len(W.in_shape)):
+            owner = classes[name.rpartition("/")[0]].__name__
+            return misfit("/".join((*module.path, name)), owner, W, axes)
+    return None
+
+
+def _no_common_first_axis(W: LowRank) -> bool:
+    return len({x.shape[:1] for x in (W.U, W.S, W.V)}) > 1
