@@ -117,6 +117,7 @@ def decomposition(f: Decomposition, on_gpu: Decomposition | None = None) -> Deco
     return decompose
 
 
+@highest_precision
 def svd_by_eigh(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     r"""SVD of a square matrix from the eigenvectors :math:`[p; q] / \sqrt 2` of :math:`[[0, X], [X^\top, 0]]`.
 

@@ -1,4 +1,4 @@
-"""What a traced program is made of, without its text."""
+"""The equations of a traced program, without its text."""
 
 from __future__ import annotations
 

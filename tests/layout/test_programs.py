@@ -1,4 +1,4 @@
-"""What steps are made of: precision and sizes of products, programs that do not grow, calls that do not compile."""
+"""The operations of a step: precision and sizes of products, programs that do not grow, calls that do not compile."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 from jax.lax import Precision
 
 import lowrank_optax as lro
+from lowrank_optax import linalg
 from tests import problems
 from tests.jaxprs import DECOMPOSITIONS, named, traced
 
@@ -72,6 +73,7 @@ FUNCTIONS = {
     "tangent_norm": (lambda W: lro.tangent_norm(W, W), W),
     "incremental_update": (lambda W: lro.incremental_update(W, W, 0.1), W),
     "ranks": (lro.ranks, {"kernel": W}),
+    "svd": (lambda x: linalg.svd(x), jnp.eye(RANK)),
     "init": (lro.lowrank_adam(1e-2).init, {"kernel": W}),
 }
 
