@@ -7,11 +7,20 @@ from typing import Any
 
 import jax
 
+_WRAPPERS = tuple(map(jax.tree_util.GetAttrKey, ("value", "raw_value")))
+_FACTORS = tuple(map(jax.tree_util.GetAttrKey, "USV"))
+
 
 def path_name(path: Any) -> str:
-    """The name of a leaf, `"block/dense/kernel"`, without the wrapper that nnx puts around values."""
-    wrappers = [jax.tree_util.GetAttrKey("value"), jax.tree_util.GetAttrKey("raw_value")]
-    keys = [k for k in path if k not in wrappers]
+    """The name of a leaf, `"block/dense/kernel"`, without the wrapper that nnx puts around values.
+
+    The wrapper has the last key, or the last one in front of a factor. A key further up is the name of a layer, such as
+    the layer `value` of an attention.
+    """
+    keys = list(path)
+    at = len(keys) - (2 if keys and keys[-1] in _FACTORS else 1)
+    if at >= 0 and keys[at] in _WRAPPERS:
+        del keys[at]
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
 
 

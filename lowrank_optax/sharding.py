@@ -104,14 +104,17 @@ def state_specs(state: Any, params: Any, specs: Any) -> Any:
     def one(path: Any, x: Any) -> Any:
         key = _key(path)
         p, spec = owner(key)
-        if is_lowrank(p):
-            return _kernel_mirror(x, p, spec)
-        if p is not None and jnp.shape(x) == jnp.shape(p):
+        if p is not None and not is_lowrank(p) and jnp.shape(x) == jnp.shape(p):
             return spec
-        p, spec = owner(key[:-1])  # A field of the diagnostics of a kernel.
-        return _of_batch(x, p, spec) if is_lowrank(p) else PartitionSpec()
+        W, factors = owner(key[:-1])
+        if not is_lowrank(W):  # a rank, whose path is the path of its kernel
+            return _of_batch(x, p, spec) if is_lowrank(p) else PartitionSpec()
+        factor = _MIRRORS.get(key[-1]) if key else None
+        if factor is None:  # a field of the diagnostics of a kernel
+            return _of_batch(x, W, factors)
+        return _factor_mirror(x, getattr(W, factor), getattr(factors, factor), len(W.batch_shape))
 
-    return jax.tree_util.tree_map_with_path(one, state, is_leaf=lambda x: type(x) in _MIRRORED)
+    return jax.tree_util.tree_map_with_path(one, state)
 
 
 def _flatten(params: Any) -> tuple[list[Any], list[Any], Any]:
@@ -145,22 +148,13 @@ def _short(axes: tuple[Any, ...]) -> Any:
     return PartitionSpec(*axes)
 
 
-# The factors that the arrays of a node mirror, in order.
-_MIRRORED = {LowRank: "USV", TangentVector: "USV", Pair: "UV", Coefficients: "S"}
-
-
-def _kernel_mirror(x: Any, W: LowRank, spec: Any) -> Any:
-    """The spec of a node that the state keeps of the kernel W: coordinates, gradients, a rank."""
-    if type(x) not in _MIRRORED:
-        return _of_batch(x, W, spec)
-    treedef: Any
-    leaves, treedef = jax.tree.flatten(x)
-    names = _MIRRORED[type(x)]
-    if len(leaves) < len(names):  # masks in the place of arrays
-        return jax.tree.map(lambda _: PartitionSpec(), x)
-    rows = zip(leaves, names, strict=True)
-    mirrors = [_factor_mirror(y, getattr(W, k), getattr(spec, k), len(W.batch_shape)) for y, k in rows]
-    return treedef.unflatten(mirrors)
+# The factor that a field of a node mirrors. By name and not by class, because `nnx.state` keeps the names only.
+_MIRRORS = {
+    **{name: name for name in LowRank.__dataclass_fields__},
+    **dict(zip(Pair._fields, "UV", strict=True)),
+    **dict(zip(TangentVector._fields, "USV", strict=True)),
+    **{name: "S" for name in Coefficients.__dataclass_fields__ if name != "shape"},
+}
 
 
 def _of_batch(x: Any, W: LowRank, spec: Any) -> PartitionSpec:

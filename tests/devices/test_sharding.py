@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
@@ -100,7 +101,7 @@ STATES = {
     ids=["plain", "chain", "apply_if_finite", "partition"],
 )
 def test_specs_of_states(name, wrap):
-    """Moments lie as what they mirror; one row axis in the place of several; counters are replicated."""
+    """Moments are sharded like their parameters; one row axis stands for several; counters are replicated."""
     geometry, (stacked, head) = STATES[name]
     specs = lro.partition_specs(STACKED, SPECS)
     state = jax.eval_shape(wrap(lambda: lro.lowrank_adam(1e-3, geometry=geometry)).init, STACKED)
@@ -120,6 +121,23 @@ def same(a, b):
     """Equal nodes of specs."""
     leaves = [jax.tree.flatten(x) for x in (a, b)]
     return leaves[0] == leaves[1]
+
+
+@pytest.mark.parametrize("geometry", [lro.Balanced(), lro.Tangent(), lro.Coefficient()], ids=lambda g: type(g).__name__)
+def test_specs_of_states_of_nnx_are_those_of_the_state_itself(geometry):
+    """`nnx.state` turns named tuples into mappings."""
+    model = nnx.Linear(8, 6, rngs=nnx.Rngs(0))
+    lro.nnx.factorize(model, rank=2)
+    optimizer = nnx.Optimizer(model, lro.lowrank_adam(1e-3, geometry=geometry), wrt=nnx.Param)
+    params = nnx.state(model, nnx.Param)
+    specs = lro.partition_specs(params, lambda path, shape: P("x", "y") if len(shape) == 2 else P("y"))
+    tree = nnx.to_pure_dict(params)
+    own = lro.state_specs(lro.lowrank_adam(1e-3, geometry=geometry).init(tree), tree, nnx.to_pure_dict(specs))
+    found = lro.state_specs(nnx.state(optimizer), params, specs)
+    expected = optax.tree.get(own, "mu")["kernel"]
+    moments = found["opt_state"]["inner_state"]["inner_state"][0]["mu"]["kernel"]
+    assert all(spec == getattr(expected, name) for name, spec in nnx.to_pure_dict(moments).items())
+    assert P("x") in jax.tree.leaves(expected) or isinstance(geometry, lro.Coefficient)
 
 
 def test_specs_may_be_written_out_in_full():

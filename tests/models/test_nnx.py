@@ -201,3 +201,18 @@ def test_training_with_the_stock_optimizer_reduces_the_loss(geometry):
     for W in kernels(model).values():
         U = W.U.reshape(-1, W.width)
         close(U.T @ U, jnp.eye(W.width, dtype=U.dtype), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["value", "raw_value"])
+def test_layers_with_the_name_of_a_wrapper_keep_it(name):
+    """The projection of an attention is called `value`, as the key that nnx puts around values."""
+
+    class Pair(nnx.Module):
+        def __init__(self, rngs):
+            setattr(self, name, nnx.Linear(6, 6, rngs=rngs))
+            self.query = nnx.Linear(6, 6, rngs=rngs)
+
+    model = Pair(nnx.Rngs(0))
+    lro.nnx.factorize(model, 2)
+    assert set(lro.ranks(nnx.state(model))) == {f"{name}/kernel", "query/kernel"}
+    assert set(lro.ranks(model)) == {f"{name}/kernel", "query/kernel"}
