@@ -92,8 +92,7 @@ def _split(name: str, shape: tuple[int, ...], where: Where | None, rank: Rank) -
         if not is_kernel or len(shape) < 2:
             return None
         axes = _default_axes(name, shape)
-        limit = min(_matrix_shape(shape, axes))
-        return axes if rank_number(rank, name, shape, limit) <= limit else None
+        return axes if fits(rank, name, shape, axes) else None
     chosen = where(name, shape)
     if chosen is None or chosen is False:
         return None
@@ -105,7 +104,15 @@ def _split(name: str, shape: tuple[int, ...], where: Where | None, rank: Rank) -
     axes = _default_axes(name, shape) if chosen is True else Axes(*chosen)
     if axes.batch < 0 or axes.inputs < 1 or axes.batch + axes.inputs >= len(shape):
         raise ValueError(f"{axes} leaves no input or no output axis in {name!r} of shape {shape}")
+    if getattr(chosen, "optional", False):  # from `linen.kernels`: dense, as by default, where the rank does not fit
+        return axes if fits(rank, name, shape, axes) else None
     return axes
+
+
+def fits(rank: Rank, name: str, shape: tuple[int, ...], axes: Axes) -> bool:
+    """Whether the kernel has as many singular values as the rank asks for."""
+    limit = min(_matrix_shape(shape, axes))
+    return rank_number(rank, name, shape, limit) <= limit
 
 
 def _factors(U: jax.Array, sigma: jax.Array, V: jax.Array, rank: int) -> LowRank:
@@ -202,7 +209,7 @@ def factorize(
         return LowRank(W.U, (scale * W.S).astype(W.S.dtype), W.V)
 
     out = jax.tree_util.tree_map_with_path(one, params, is_leaf=is_lowrank)
-    if seen and not chosen and where is None:
+    if seen and not chosen and (where is None or hasattr(where, "reasons")):
         raise ValueError(
             f"no kernel to factor at rank {rank}: factorize takes leaves named 'kernel' with min(m, n) >= rank, "
             f"and found {seen[:5]}; choose a smaller rank, or other leaves with where=lambda path, shape: ..."

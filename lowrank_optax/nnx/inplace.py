@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
 from flax import nnx
 
-from lowrank_optax.factorize import Axes, Rank, Where
+from lowrank_optax.factorize import Axes, Rank, Where, fits
 from lowrank_optax.factorize import factorize as factorize_tree
 from lowrank_optax.lowrank import dot_general, is_lowrank
 from lowrank_optax.nnx.hooks import PromoteLeaves, conv_general_dilated
@@ -58,7 +57,7 @@ def factorize(model: Any, rank: Rank, *, max_rank: Rank | None = None, where: Wh
         if split is None:
             return False
         if where is None:
-            return split if _fits(rank, name, shape, split) else False
+            return split if fits(rank, name, shape, split) else False
         answer = where(name, shape)
         return split if answer is True else answer
 
@@ -93,13 +92,6 @@ def _axes(layer: Any, kernel: Any) -> Axes | None:
     if stacked < 0 or tuple(kernel.shape[stacked:]) != declared:
         return None
     return Axes(stacked + axes.batch, axes.inputs)
-
-
-def _fits(rank: Rank, name: str, shape: tuple[int, ...], axes: Axes) -> bool:
-    r = rank(name, shape) if callable(rank) else rank
-    m = math.prod(shape[axes.batch : axes.batch + axes.inputs])
-    n = math.prod(shape[axes.batch + axes.inputs :])
-    return isinstance(r, float) or r <= min(m, n)
 
 
 def _install(layer: Any, kernel: Any) -> None:

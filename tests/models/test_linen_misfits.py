@@ -1,4 +1,4 @@
-"""Errors of lowrank_optax.linen name the layer, the two splits and the remedy; those of a user's module pass."""
+"""Errors of lowrank_optax.linen name the layer, the two splits and the remedy; errors of a user's module pass."""
 
 from __future__ import annotations
 
@@ -356,7 +356,6 @@ class Classifier(nn.Module):
         return nn.Dense(3, name="head")(nn.Dense(16, name="body")(x))
 
 
-@pytest.mark.xfail(reason="factorize has to read `optional` of the axes that kernels returns", strict=True)
 def test_a_head_below_the_rank_stays_dense_with_kernels_as_without() -> None:
     model, x = Classifier(), jnp.ones((2, 8))
     dense = model.init(jax.random.key(0), x)["params"]
