@@ -14,22 +14,11 @@ from lowrank_optax.checks import check_orthonormal
 from lowrank_optax.diagnostics import ranks
 from lowrank_optax.door import FixedRankState, nodes
 from lowrank_optax.factorize import Rank, rank_number
-from lowrank_optax.geometry import (
-    Balanced,
-    Coefficient,
-    Coefficients,
-    Info,
-    Pair,
-    Tangent,
-    TangentVector,
-    is_coordinates,
-)
+from lowrank_optax.geometry import Info, geometry_of, is_coordinates
 from lowrank_optax.layout import map_kernel, map_matrices
 from lowrank_optax.lowrank import LowRank, flatten, is_lowrank
 from lowrank_optax.paths import path_name, unwrapped
 from lowrank_optax.rank import relative_tail
-
-_GEOMETRIES: dict[Any, Any] = {Pair: Balanced(), TangentVector: Tangent(), Coefficients: Coefficient()}
 
 
 class _Move(NamedTuple):
@@ -146,7 +135,7 @@ def _resized_state(state: FixedRankState, kernels: dict[Any, LowRank], moves: di
         if owner not in moves:
             return x
         old, new, _ = moves[owner]
-        return map_kernel(_rebased, old, new, x, geometry=_GEOMETRIES[type(x)], degree=int(state.degrees[copy]))
+        return map_kernel(_rebased, old, new, x, geometry=geometry_of(x), degree=int(state.degrees[copy]))
 
     def rank(path: Any, x: Any) -> Any:
         return jnp.minimum(x, moves[tuple(path)].new.width).astype(x.dtype) if tuple(path) in moves else x

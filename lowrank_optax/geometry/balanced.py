@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from lowrank_optax import linalg
 from lowrank_optax import manifold as mf
-from lowrank_optax.geometry.base import Info, Settled, matrix_shape, polar_factor
+from lowrank_optax.geometry.base import Info, Settled, matrix_shape, polar_factor, register_coordinates
 from lowrank_optax.geometry.factored import Factored
 from lowrank_optax.lowrank import LowRank
 
@@ -191,6 +191,9 @@ def _unit_columns(x: jax.Array, active: jax.Array) -> jax.Array:
     """The active columns scaled to norm 1; zero columns and the rest are zero."""
     size = linalg.column_norms(x)
     return jnp.where((active & (size > 0))[None], x / jnp.where(size > 0, size, 1.0)[None], 0.0)
+
+
+register_coordinates(Pair, Balanced())
 
 
 @polar_factor.register

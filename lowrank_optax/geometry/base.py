@@ -138,6 +138,30 @@ class Geometry:
         return ()
 
 
+_GEOMETRIES: dict[type, Geometry] = {}
+
+
+def register_coordinates(kind: type, geometry: Geometry) -> None:
+    """Makes a class known as coordinates of a kernel, and the geometry by which `resize` carries moments of it."""
+    _GEOMETRIES[kind] = geometry
+
+
+def is_coordinates(x: Any) -> bool:
+    """True for the coordinates of a kernel: the `is_leaf` of maps over trees that an inner transformation sees.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> lro.geometry.is_coordinates(lro.geometry.Pair(jnp.ones((4, 2)), jnp.ones((3, 2))))
+      True
+    """
+    return type(x) in _GEOMETRIES
+
+
+def geometry_of(x: Any) -> Geometry:
+    """The geometry that was registered for the class of coordinates."""
+    return _GEOMETRIES[type(x)]
+
+
 @functools.singledispatch
 def polar_factor(coordinates: Any, steps: int) -> Any:
     """The orthogonal polar factor of coordinates of one kernel, by Newton-Schulz. A geometry registers its own."""

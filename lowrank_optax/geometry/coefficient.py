@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lowrank_optax import linalg
 from lowrank_optax import manifold as mf
-from lowrank_optax.geometry.base import Settled, matrix_shape, polar_factor
+from lowrank_optax.geometry.base import Settled, matrix_shape, polar_factor, register_coordinates
 from lowrank_optax.geometry.factored import Factored
 from lowrank_optax.geometry.truncated import Proposal, Truncated
 from lowrank_optax.lowrank import LowRank
@@ -85,9 +85,8 @@ class Coefficient(Truncated):
     State of a moment: `r^2` numbers.
 
     Args:
-      rank: `tolerance(...)`, `budget(...)`, or None to keep the rank of every kernel.
-      retraction: "svd" truncates at the best approximation. "bug", basis update and galerkin, keeps the rank and
-        replaces the SVD of size 2r by two QR of 2r x r and an SVD of size r: about one per cent of a step faster.
+      rank: a policy or None, see `Tangent`.
+      retraction: "svd" or "bug", see `Tangent`.
 
     Raises:
       ValueError: for options that exclude each other.
@@ -182,6 +181,9 @@ def _in_use(S: jax.Array, rank: jax.Array) -> jax.Array:
     """Mask of the coefficients of k basis columns and k new directions; the rest is padding."""
     rows, columns = (linalg.rank_mask(2 * rank, size) for size in S.shape)
     return rows[:, None] & columns[None]
+
+
+register_coordinates(Coefficients, Coefficient())
 
 
 @polar_factor.register

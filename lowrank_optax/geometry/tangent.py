@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lowrank_optax import linalg
 from lowrank_optax import manifold as mf
-from lowrank_optax.geometry.base import Settled, matrix_shape, polar_factor
+from lowrank_optax.geometry.base import Settled, matrix_shape, polar_factor, register_coordinates
 from lowrank_optax.geometry.truncated import Proposal, Truncated
 from lowrank_optax.lowrank import LowRank
 
@@ -107,6 +107,9 @@ class Tangent(Truncated):
     def rebase(self, old: LowRank, new: LowRank) -> Transport:
         """The two kernels, between which `carry` transports."""
         return Transport(old, new)
+
+
+register_coordinates(mf.Tangent, Tangent())
 
 
 @polar_factor.register
