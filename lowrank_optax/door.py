@@ -12,6 +12,7 @@ import optax
 
 from lowrank_optax.checks import arrays_of, check_gradients, check_kernels, check_moments, check_state
 from lowrank_optax.geometry import Geometry
+from lowrank_optax.guard import skip_not_finite
 from lowrank_optax.inner import check_inner, treats_leaves_alike
 from lowrank_optax.layout import Layout
 from lowrank_optax.moments import Moments
@@ -36,7 +37,7 @@ class FixedRankState(NamedTuple):
     degrees: jax.Array
 
 
-Make = Callable[[optax.GradientTransformationExtraArgs, Layout], optax.GradientTransformationExtraArgs]
+Make = Callable[[optax.GradientTransformationExtraArgs, Layout], Any]
 
 
 class Door:
@@ -52,6 +53,26 @@ class Door:
     def __init__(self, inner: Any, moments: Moments, geometry: Geometry, kind: type = FixedRankState):
         self._inner, self._moments, self._geometry, self._kind = inner, moments, geometry, kind
         self._alike = treats_leaves_alike(inner)
+
+    def transformation(
+        self, make: Make, max_consecutive_skips: int | jax.Array, first: Callable[[FixedRankState], Any] = lambda s: s
+    ) -> optax.GradientTransformationExtraArgs:
+        """The transformation of trees, which skips steps that are not finite.
+
+        Args:
+          make: `make(inner, layout)` returns the `update` of groups.
+          max_consecutive_skips: see `skip_not_finite`.
+          first: makes the first state of the transformation from the first state of the loop.
+        """
+
+        def guarded(update: Any) -> optax.GradientTransformationExtraArgs:
+            tx = optax.GradientTransformationExtraArgs(lambda params: first(self.init(params)), update)
+            return skip_not_finite(tx, max_consecutive_skips)
+
+        def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+            return self.update(lambda *args: guarded(make(*args)), grads, state, params, extra_args)
+
+        return optax.GradientTransformationExtraArgs(guarded(None).init, update)
 
     def init(self, params: Any) -> FixedRankState:
         """The state before the first step."""

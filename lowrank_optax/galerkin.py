@@ -16,7 +16,7 @@ from lowrank_optax import manifold as mf
 from lowrank_optax.checks import check_gradients, is_known
 from lowrank_optax.door import Door, FixedRankState
 from lowrank_optax.geometry import Frozen, Info, Settled
-from lowrank_optax.guard import MOST_SKIPS, SkipNotFiniteState, skip_not_finite
+from lowrank_optax.guard import MOST_SKIPS
 from lowrank_optax.layout import Layout, map_matrices
 from lowrank_optax.lowrank import LowRank
 from lowrank_optax.moments import Moments
@@ -148,25 +148,14 @@ def galerkin(
         raise ValueError(f"rank takes a policy, lro.tolerance(theta) or lro.budget(parameters), or None; got {rank!r}")
     inner = optax.with_extra_args_support(inner)
     moments = Moments(inner, first_moments, second_moments)
-    door = Door(inner, moments, GalerkinBases(), GalerkinState)
 
-    def guarded(update: Any) -> optax.GradientTransformationExtraArgs:
-        def init(params: Any) -> GalerkinState:
-            return GalerkinState(door.init(params), jnp.zeros((), jnp.int32))
+    def make(inner: Any, layout: Layout) -> Any:
+        return _Driver(inner, moments, layout, rank, local_steps, move_ordinary).update
 
-        return skip_not_finite(optax.GradientTransformationExtraArgs(init, update), max_consecutive_skips)
+    def first(loop: FixedRankState) -> GalerkinState:
+        return GalerkinState(loop, jnp.zeros((), jnp.int32))
 
-    def make(inner: Any, layout: Layout) -> optax.GradientTransformationExtraArgs:
-        driver = _Driver(inner, moments, layout, rank, local_steps, move_ordinary)
-        return guarded(driver.update)
-
-    def init(params: Any) -> SkipNotFiniteState:
-        return guarded(None).init(params)
-
-    def update(grads: Any, state: SkipNotFiniteState, params: Any = None, **extra_args: Any) -> Any:
-        return door.update(make, grads, state, params, extra_args)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Door(inner, moments, GalerkinBases(), GalerkinState).transformation(make, max_consecutive_skips, first)
 
 
 Groups = list[Any]

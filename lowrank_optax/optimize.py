@@ -12,7 +12,7 @@ import optax
 from lowrank_optax.checks import check_geometry
 from lowrank_optax.door import Door, FixedRankState
 from lowrank_optax.geometry import Balanced, Geometry
-from lowrank_optax.guard import MOST_SKIPS, SkipNotFiniteState, skip_not_finite
+from lowrank_optax.guard import MOST_SKIPS
 from lowrank_optax.layout import Layout
 from lowrank_optax.moments import Moments
 from lowrank_optax.rank import RankPolicy
@@ -45,26 +45,15 @@ def in_coordinates(
     moments, policy = Moments(inner, first_moments, second_moments), geometry.rank
     if policy is not None:  # The methods of a geometry are compiled once for all policies.
         geometry = dataclasses.replace(geometry, rank=None)  # type: ignore[type-var]
-    door = Door(inner, moments, geometry)
 
-    def guarded(update: Any) -> optax.GradientTransformationExtraArgs:
-        tx = optax.GradientTransformationExtraArgs(door.init, update)
-        return skip_not_finite(tx, max_consecutive_skips)
-
-    def make(inner: Any, layout: Layout) -> optax.GradientTransformationExtraArgs:
+    def make(inner: Any, layout: Layout) -> Any:
         def update(grads: Any, state: Any, weights: Any, **extra_args: Any) -> Any:
             new, state = step(inner, moments, layout, policy, grads, state, weights, **extra_args)
             return layout.differences(new, weights), state
 
-        return guarded(update)
+        return update
 
-    def init(params: Any) -> SkipNotFiniteState:
-        return guarded(None).init(params)
-
-    def update(grads: Any, state: SkipNotFiniteState, params: Any = None, **extra_args: Any) -> Any:
-        return door.update(make, grads, state, params, extra_args)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Door(inner, moments, geometry).transformation(make, max_consecutive_skips)
 
 
 def step(
