@@ -61,7 +61,7 @@ def skip_not_finite(
     def update(grads: Any, state: SkipNotFiniteState, params: Any = None, **extra_args: Any) -> Any:
         if not isinstance(state, SkipNotFiniteState):
             raise ValueError(
-                f"the optimizer state is a {type(state).__name__} and not that of this optimizer: "
+                f"the optimizer state is a {type(state).__name__} and belongs to another optimizer: "
                 "make it with tx.init(params)"
             )
         updates, inner_state = inner.update(grads, state.inner_state, params, **extra_args)

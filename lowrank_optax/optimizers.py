@@ -79,7 +79,7 @@ def lowrank_heavy_ball(
     """
     if isinstance(momentum, str | Geometry):
         raise TypeError(
-            f"momentum is the decay beta, a number; the space of momentum is geometry=..., got {momentum!r}"
+            f"momentum is the decay beta, a number, and geometry=... chooses the coordinates, got momentum={momentum!r}"
         )
     inner = optax.chain(
         optax.identity() if momentum is None else optax.trace(momentum, nesterov, accumulator_dtype),

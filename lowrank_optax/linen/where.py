@@ -24,7 +24,7 @@ class IfItFits(Axes):
 
 
 class Declared(NamedTuple):
-    """What a layer says of its kernel: the shape that one call sees, and the axes or the reason to stay dense."""
+    """A layer's declaration of its kernel: the shape that one call sees, and the axes or the reason to stay dense."""
 
     shape: tuple[int, ...]
     axes: Axes | str

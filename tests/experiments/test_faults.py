@@ -1,4 +1,4 @@
-"""What a training run survives: kills, signals, a full disk, damaged checkpoints; it resumes to the bit."""
+"""Training runs survive kills, signals, a full disk and damaged checkpoints, and resume to the bit."""
 
 import functools
 import json

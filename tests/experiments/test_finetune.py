@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("settings_of_a_user")
 
 
 def random_weights(config: bert.BERTConfig) -> dict[str, np.ndarray]:
-    """What a file of Hugging Face holds, the tensors that an encoder does not need among them."""
+    """The tensors of a Hugging Face file, with some that an encoder does not need."""
     rng = np.random.default_rng(1)
 
     def matrix(*shape: int) -> np.ndarray:

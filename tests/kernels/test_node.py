@@ -94,6 +94,6 @@ def test_arithmetic_names_the_way_out(operation: Any) -> None:
 
 
 def test_a_flattened_tree_is_no_tree_of_objects() -> None:
-    """What safetensors and others do with leaves that are no arrays ends with the advice."""
+    """Safetensors and others fail on leaves that are no arrays, and the error ends with the advice."""
     with pytest.raises(TypeError, match=r"to_dense\(\)"):
         {name: np.array(x) for name, x in {"kernel": kernel()}.items()}

@@ -34,7 +34,7 @@ def kernel(seed: int, sigma: Any, m: int = M, n: int = N) -> lro.LowRank:
 
 
 def factor_gradients(W: lro.LowRank, G: Any) -> lro.LowRank:
-    """What autodiff gives for dL/dW = G."""
+    """The gradients that autodiff gives for dL/dW = G."""
     return jax.grad(lambda W: jnp.sum(jnp.asarray(G, W.dtype) * W.to_dense()))(W)
 
 

@@ -230,7 +230,7 @@ def oracle_call(
     theta: float,
     cut: dict[str, Any] | None = None,
 ) -> tuple[oracle.State, int]:
-    """What one call of `update` does to slice i; `rank` is that of the last truncation."""
+    """The effect of one call of `update` on slice i; `rank` is the rank after the last truncation."""
     G = problem.gradient(state.W, i)
     cut = case.truncation(rank, theta) if cut is None else cut
     if "r_max" in cut and case.schedule != "projected":

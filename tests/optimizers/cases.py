@@ -79,6 +79,6 @@ def small_loss(params):
 
 
 def signature(tree):
-    """What must never change: structure, shapes, dtypes, weak types."""
+    """The properties that never change: structure, shapes, dtypes, weak types."""
     leaves, treedef = jax.tree.flatten(tree)
     return treedef, [(tuple(x.shape), jnp.dtype(x.dtype), bool(x.weak_type)) for x in leaves]

@@ -163,7 +163,7 @@ def test_masks_per_leaf_that_leave_kernels_out():
 
 @slow
 def test_chain_and_snapshot_and_states_by_name():
-    """What a chain puts around `fixed_rank`, and what can be read off its state afterwards."""
+    """The parts of a chain around `fixed_rank`, and the numbers that its state shows afterwards."""
     params = tree()
     inner = optax.chain(optax.snapshot("norm", optax.tree.norm), optax.clip_by_global_norm(1e-3), optax.sgd(1.0, 0.9))
     tx = optax.chain(optax.identity(), lro.fixed_rank(inner, geometry=lro.Coefficient()), optax.identity())

@@ -271,7 +271,7 @@ def dense_gradient(kind: str, W: lro.LowRank, rng: np.random.Generator) -> np.nd
 
 
 def factor_gradients(W: lro.LowRank, G: np.ndarray) -> lro.LowRank:
-    """What autodiff returns for dL/dW = G: `G_U = G V S^T`, `G_S = U^T G V`, `G_V = G^T U S`."""
+    """The gradients that autodiff returns for dL/dW = G: `G_U = G V S^T`, `G_S = U^T G V`, `G_V = G^T U S`."""
     U, S, V = flat(W)
     T = functools.partial(np.swapaxes, axis1=-1, axis2=-2)
     grads = lro.LowRank((G @ V @ T(S)).reshape(W.U.shape), T(U) @ G @ V, (T(G) @ U @ S).reshape(W.V.shape))
