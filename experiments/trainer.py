@@ -185,7 +185,7 @@ def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
     """The state of the newest checkpoint that is whole, or the one given if there is none."""
     try:
         found = lro.checkpoint.restore(manager, saved(state))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise DataError(str(error)) from error
     return state.replace(**found.tree) if found else state
 

@@ -139,11 +139,18 @@ class Geometry:
 
 
 _GEOMETRIES: dict[type, Geometry] = {}
+_WIDTH_AXES: dict[type, dict[str, int]] = {}
 
 
-def register_coordinates(kind: type, geometry: Geometry) -> None:
-    """Makes a class known as coordinates of a kernel, and the geometry by which `resize` carries moments of it."""
-    _GEOMETRIES[kind] = geometry
+def register_coordinates(kind: type, geometry: Geometry, width_axes: dict[str, int]) -> None:
+    """Makes a class known as coordinates of a kernel: to inner transformations, to `resize`, to checkpoints.
+
+    Args:
+      kind: the class, with one array in each field.
+      geometry: `resize` carries moments in these coordinates by its `rebase` and `carry`.
+      width_axes: for each field in order, how many of its last axes are as long as the kernel is wide.
+    """
+    _GEOMETRIES[kind], _WIDTH_AXES[kind] = geometry, width_axes
 
 
 def is_coordinates(x: Any) -> bool:
@@ -160,6 +167,11 @@ def is_coordinates(x: Any) -> bool:
 def geometry_of(x: Any) -> Geometry:
     """The geometry that was registered for the class of coordinates."""
     return _GEOMETRIES[type(x)]
+
+
+def registered_coordinates() -> dict[type, tuple[Geometry, dict[str, int]]]:
+    """Every registered class, with its geometry and `width_axes`."""
+    return {kind: (geometry, _WIDTH_AXES[kind]) for kind, geometry in _GEOMETRIES.items()}
 
 
 @functools.singledispatch

@@ -109,7 +109,7 @@ class Tangent(Truncated):
         return Transport(old, new)
 
 
-register_coordinates(mf.Tangent, Tangent())
+register_coordinates(mf.Tangent, Tangent(), {"Up": 1, "M": 2, "Vp": 1})
 
 
 @polar_factor.register

@@ -171,7 +171,7 @@ def test_a_target_that_does_not_fit_is_an_error_and_moves_nothing(name: str, man
     params = {"kernel": lro.factorize(jnp.eye(6, 5), 2, max_rank=3), "bias": jnp.zeros(5)}
     saved(manager, step_1=params, step_2=params)
     change, message = MISFITS[name]
-    with pytest.raises(ValueError, match=rf"no checkpoint in .* can be restored\. 2: ValueError: {message}"):
+    with pytest.raises(ValueError, match=rf"does not fit checkpoint 2 in .*: {message}"):
         restore(manager, change(params))
     same(restore(manager, params).tree, params)
 
@@ -234,8 +234,9 @@ def test_a_damaged_checkpoint_is_named_and_skipped(
             step, restored = restore(later, params)
         assert step == 1
         same(restored, params)
-        assert sorted(path.name[:9] for path in (tmp_path / "run").iterdir()) == ["1", "2.damaged"]
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["1", "2"]  # restoring writes nothing
         saved(later, step_2=params)  # the step is free again
+        assert sorted(path.name[:9] for path in (tmp_path / "run").iterdir()) == ["1", "2", "2.damaged"]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert restore(later, params).step == 2
