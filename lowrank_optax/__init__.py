@@ -6,14 +6,16 @@ from typing import Any
 from lowrank_optax import geometry as geometry
 from lowrank_optax import manifold as manifold
 from lowrank_optax.average import incremental_update
+from lowrank_optax.axes import Axes
 from lowrank_optax.chainable import clip_by_tangent_norm, project_to_tangent, retract, tangent_norm
 from lowrank_optax.diagnostics import Diagnostics, diagnostics, ranks
 from lowrank_optax.door import FixedRankState
 from lowrank_optax.einsum import einsum, einsum_axes
-from lowrank_optax.factorize import Axes, densify, factorize, lowrank_init, orthonormalize
+from lowrank_optax.factorize import densify, factorize, orthonormalize
 from lowrank_optax.galerkin import GalerkinState, galerkin
 from lowrank_optax.geometry import Balanced, Coefficient, Tangent
 from lowrank_optax.guard import SkipNotFiniteState, skip_not_finite
+from lowrank_optax.initialize import lowrank_init
 from lowrank_optax.inner import kernel_labels
 from lowrank_optax.lowrank import LowRank, dot_general, is_lowrank, matmul
 from lowrank_optax.optimize import fixed_rank, in_coordinates

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,17 +16,21 @@ from lowrank_optax.guard import SkipNotFiniteState
 from lowrank_optax.layout import map_matrices
 from lowrank_optax.linalg import working_dtype
 from lowrank_optax.lowrank import is_lowrank
-from lowrank_optax.paths import path_name
+from lowrank_optax.paths import path_name, unwrapped
 
 
 def ranks(params: Any) -> dict[str, jax.Array]:
     """The rank of every kernel: its number of non-zero singular values.
 
     Args:
-      params: a tree with `LowRank` nodes.
+      params: a tree with `LowRank` nodes, an nnx module, or its state. Of an `nnx.Optimizer` without a model, the ranks
+        after its last step.
 
     Returns:
       Path of the kernel to an int32 array of the shape of its batch axes. Works under `jit`.
+
+    Raises:
+      ValueError: for an `nnx.Optimizer` whose state does not come from `fixed_rank`.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -33,6 +38,8 @@ def ranks(params: Any) -> dict[str, jax.Array]:
       >>> {path: int(rank) for path, rank in lro.ranks(params).items()}
       {'dense/kernel': 2}
     """
+    if hasattr(params, "opt_state") and not any(hasattr(params, name) for name in ("model", "params")):
+        return {name: info.rank for name, info in diagnostics(params).kernels.items()}
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_lowrank)
     return {
         path_name(path): map_matrices(mf.rank, W.S.astype(working_dtype(W.S))) for path, W in leaves if is_lowrank(W)
@@ -58,7 +65,8 @@ def diagnostics(opt_state: optax.OptState) -> Diagnostics:
     """Reads ranks, gradient norms, truncation errors and skipped steps off an optimizer state.
 
     Args:
-      opt_state: the state of any transformation with `fixed_rank` or `galerkin` somewhere inside.
+      opt_state: the state of any transformation with `fixed_rank` or `galerkin` somewhere inside, an `nnx.Optimizer`, a
+        Flax `TrainState`, or `nnx.state(optimizer)`.
 
     Returns:
       The diagnostics of all kernels. Works under `jit`.
@@ -73,7 +81,8 @@ def diagnostics(opt_state: optax.OptState) -> Diagnostics:
       >>> int(lro.diagnostics(state).kernels["kernel"].rank)
       2
     """
-    states, skips = nodes(opt_state, FixedRankState), nodes(opt_state, SkipNotFiniteState)
+    opt_state = _named(opt_state)
+    states, skips = (unwrapped(nodes(opt_state, kind))[0] for kind in (FixedRankState, SkipNotFiniteState))
     if not states:
         raise ValueError("this optimizer state holds no FixedRankState: it does not come from fixed_rank")
     is_info = lambda x: isinstance(x, Info)  # noqa: E731
@@ -85,3 +94,23 @@ def diagnostics(opt_state: optax.OptState) -> Diagnostics:
         sum((s.notfinite_count for s in skips), zero),
         sum((s.consecutive_notfinite for s in skips), zero),
     )
+
+
+def _named(tree: Any) -> Any:
+    """The tree with our states in the place of mappings of their fields, to which `nnx.state` turns named tuples."""
+    if not isinstance(tree, Mapping):
+        if type(tree) in (list, tuple):
+            return type(tree)(map(_named, tree))
+        return tree
+    for kind in (FixedRankState, SkipNotFiniteState, Info):
+        # A field without arrays, such as the truncation of a geometry that never truncates, is left out.
+        if _FIELDS[kind] <= set(tree) <= set(kind._fields):
+            return kind(**{field: _named(tree.get(field)) for field in kind._fields})
+    return {key: _named(x) for key, x in tree.items()}
+
+
+_FIELDS: dict[Any, set[str]] = {
+    FixedRankState: {"inner_state", "aux", "info", "degrees"},
+    SkipNotFiniteState: {"inner_state", "notfinite_count", "consecutive_notfinite"},
+    Info: {"rank", "gradient_norm"},
+}

@@ -91,7 +91,10 @@ class Door:
             aux, info = (layout.scatter_kernels(start[i] for start in starts) for i in (0, 1))
             return FixedRankState(state, aux, info, degrees)
 
-        return layout.mesh.auto(start, params)
+        if not layout.mesh:
+            return start(params)
+        # Compiled, because eager operations in explicit mode would need `jax.set_mesh`.
+        return jax.jit(lambda params: layout.mesh.auto(start, params))(params)
 
     def update(self, make: Make, grads: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> Any:
         """A step of `make(inner, layout)`, a transformation of groups. It gets extra arguments unchanged."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.factorize import Axes
+from lowrank_optax.axes import Axes
 from lowrank_optax.lowrank import absorb, contract, is_lowrank
 
 

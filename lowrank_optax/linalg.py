@@ -143,6 +143,14 @@ _svd = decomposition(_thin_svd, on_gpu=lambda x: svd_by_eigh(x) if x.shape[0] ==
 _qr = decomposition(lambda x: tuple(jnp.linalg.qr(x, mode="reduced")))
 
 
+_eigh = decomposition(lambda x: tuple(jnp.linalg.eigh(x, symmetrize_input=False)))
+
+
+def leading_eigenvectors(x: jax.Array, k: int) -> jax.Array:
+    """The eigenvectors `(n, k)` of the k largest eigenvalues of a symmetric matrix, in falling order."""
+    return _eigh(x)[1][:, ::-1][:, :k]
+
+
 @decomposition
 def _cholesky(x: jax.Array) -> tuple[jax.Array, ...]:
     lower = jnp.linalg.cholesky(x, symmetrize_input=False)

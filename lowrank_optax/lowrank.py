@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+import operator
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.export
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_optax.linalg import highest_precision
+from lowrank_optax.paths import is_wrapper
 
 
 @jax.tree_util.register_dataclass
@@ -30,8 +33,13 @@ class LowRank:
     that are not zero. Where the rank is below the width, the last singular values are exact zeros, and their columns of
     U and V are arbitrary orthonormal ones.
 
-    With batch axes a kernel can be indexed and iterated over along them. Its one arithmetic operation is `x @ W`; for
+    With batch axes a kernel can be indexed and iterated over along them. Its one operation as a matrix is `x @ W`; for
     others, take `to_dense()`.
+
+    **Arithmetic is that of gradients.** `g + h` and `g - h` of two nodes with factors of equal shapes, and `c * g` and
+    `g / c` by a scalar, act on U, S and V one by one, as `jax.tree.map` does. Gradients of the factors are added up and
+    averaged so. For kernels themselves these signs have another meaning: `W + W2` is not the sum of the matrices, and
+    `c * W` is `c^3` times the matrix. `incremental_update` averages kernels. Other arithmetic raises TypeError.
 
     Attributes:
       U: `(batch..., in..., r)`, orthonormal columns once the input axes are flattened.
@@ -102,8 +110,11 @@ class LowRank:
     @highest_precision
     def to_dense(self) -> jax.Array:
         """The dense kernel, an array of shape `batch + in + out`, from products of highest precision."""
-        W = flatten(self)
-        return ((W.U @ W.S) @ jnp.swapaxes(W.V, -1, -2)).reshape(self.shape)
+        # Axis by axis: a reshape of several axes, of which a later one is sharded, is no operation of explicit meshes.
+        b = len(self.batch_shape)
+        batch = (tuple(range(b)),) * 2
+        US = contract(self.U, self.S, (((self.U.ndim - 1,), (b,)), batch))
+        return contract(US, self.V, (((US.ndim - 1,), (self.V.ndim - 1,)), batch))
 
     def astype(self, dtype: Any) -> LowRank:
         """The same factors in another dtype."""
@@ -141,15 +152,54 @@ class LowRank:
     def __iter__(self) -> Iterator[LowRank]:
         return (self[i] for i in range(len(self)))
 
+    # --- gradients of factors, leaf by leaf ---
+
+    def __add__(self, other: Any) -> LowRank:
+        """The sum of two gradients, leaf by leaf; not the sum of two kernels."""
+        return self._leaf_by_leaf(operator.add, other)
+
+    def __radd__(self, other: Any) -> LowRank:
+        """`sum` of gradients starts with the int 0."""
+        return self if type(other) is int and other == 0 else self._refuse()
+
+    def __sub__(self, other: Any) -> LowRank:
+        """The difference of two gradients, leaf by leaf; not that of two kernels."""
+        return self._leaf_by_leaf(operator.sub, other)
+
+    def __mul__(self, scalar: Any) -> LowRank:
+        """A multiple of a gradient, leaf by leaf; not a multiple of a kernel."""
+        return self._scaled(operator.mul, scalar)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, scalar: Any) -> LowRank:
+        """A fraction of a gradient, leaf by leaf; not a fraction of a kernel."""
+        return self._scaled(operator.truediv, scalar)
+
+    def _leaf_by_leaf(self, operation: Any, other: Any) -> LowRank:
+        other = other.get_raw_value() if is_wrapper(other) else other
+        if not isinstance(other, LowRank):
+            self._refuse()
+        if not (has_arrays(self) and has_arrays(other)) or _shapes(self) != _shapes(other):
+            self._refuse(f"factors of shapes {_shapes(self)} and {_shapes(other)} do not add up leaf by leaf")
+        return jax.tree.map(operation, self, other)
+
+    def _scaled(self, operation: Any, scalar: Any) -> LowRank:
+        is_array = hasattr(scalar, "dtype") and not isinstance(scalar, LowRank)
+        if jnp.ndim(scalar) if is_array else isinstance(scalar, bool) or not isinstance(scalar, numbers.Real):
+            self._refuse()
+        return jax.tree.map(lambda x: operation(x, scalar), self)
+
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        cause = f"{args[0]}: " if args and isinstance(args[0], str) else ""
         raise TypeError(
-            "a LowRank kernel U S V^T is a node of three arrays and no array: its one operation is x @ W. Use "
-            "to_dense() for others, or jax.tree.map, which acts on the factors, to add up gradients"
+            f"{cause}a LowRank kernel U S V^T is a node of three arrays and no array. Use x @ W, or to_dense() for "
+            "other operations. Gradients of factors of equal shapes are added, subtracted, and scaled by a scalar, "
+            "leaf by leaf; lowrank_optax.incremental_update averages kernels"
         )
 
     # An elementwise operation on factors is no operation on W, and other libraries would fail later and elsewhere.
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = _refuse
-    __neg__ = __abs__ = __array__ = __float__ = __matmul__ = _refuse
+    __rsub__ = __rtruediv__ = __pow__ = __rpow__ = __neg__ = __abs__ = __array__ = __float__ = __matmul__ = _refuse
 
 
 def is_lowrank(x: Any) -> bool:
@@ -167,6 +217,10 @@ def is_lowrank(x: Any) -> bool:
 def has_arrays(W: LowRank) -> bool:
     """False for a node of specs, labels or `optax.MaskedNode` in the place of factors."""
     return all(hasattr(x, "shape") and hasattr(x, "dtype") for x in (W.U, W.S, W.V))
+
+
+def _shapes(W: LowRank) -> tuple[Any, ...]:
+    return tuple(getattr(x, "shape", x) for x in (W.U, W.S, W.V))
 
 
 def flatten(W: LowRank) -> LowRank:
@@ -300,11 +354,11 @@ def contract(x: jax.Array, factor: jax.Array, dimension_numbers: Any, **options:
     keeps it and the factor is gathered.
     """
     if jax.typeof(factor).sharding.mesh.explicit_axes and options.get("out_sharding") is None:
-        options["out_sharding"] = _result_spec(x, factor, dimension_numbers)
+        options["out_sharding"] = _result_sharding(x, factor, dimension_numbers)
     return jax.lax.dot_general(x, factor, dimension_numbers, **options)
 
 
-def _result_spec(x: Any, factor: Any, dimension_numbers: Any) -> PartitionSpec:
+def _result_sharding(x: Any, factor: Any, dimension_numbers: Any) -> NamedSharding:
     (x_axes, factor_axes), (x_batch, factor_batch) = dimension_numbers
     of_x, of_factor = jax.typeof(x).sharding.spec, jax.typeof(factor).sharding.spec
     entries = [of_x[i] for i in x_batch]
@@ -315,4 +369,6 @@ def _result_spec(x: Any, factor: Any, dimension_numbers: Any) -> PartitionSpec:
         names = set(entry) if isinstance(entry, tuple) else {entry} - {None}
         entries[i] = None if names & used else entry
         used |= names
-    return PartitionSpec(*entries)
+    # With the mesh of an array: eager products need not run under `jax.set_mesh`.
+    holder = jax.typeof(factor) if isinstance(factor, jax.core.Tracer) else factor
+    return NamedSharding(holder.sharding.mesh, PartitionSpec(*entries))

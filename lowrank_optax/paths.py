@@ -1,4 +1,4 @@
-"""Names of leaves and kernels in trees of parameters."""
+"""Names of leaves and kernels in trees of parameters, and the wrappers of nnx around values."""
 
 from __future__ import annotations
 
@@ -42,3 +42,19 @@ def unwrapped(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
         return treedef.unflatten([x.copy(y) if is_wrapper(x) else y for x, y in zip(leaves, parts, strict=True)])
 
     return treedef.unflatten(values), wrap
+
+
+def refuse_nnx(params: Any, call: str, instead: str) -> None:
+    """Raises TypeError for an nnx module, optimizer, or state of variables, where layers must change with parameters.
+
+    Args:
+      params: a tree of parameters, which has no nnx variables.
+      call: the function that was called, for the message.
+      instead: the call to write.
+    """
+    if not any(map(is_wrapper, jax.tree.leaves(params, is_leaf=is_wrapper))):
+        return
+    raise TypeError(
+        f"{call} takes a tree of arrays and got a {type(params).__name__} with nnx variables, whose layers would not "
+        f"run on factors: call {instead}, which changes the model in place"
+    )

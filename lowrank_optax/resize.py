@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from lowrank_optax import linalg
 from lowrank_optax import manifold as mf
+from lowrank_optax.axes import Rank, rank_number
 from lowrank_optax.checks import check_orthonormal
 from lowrank_optax.diagnostics import ranks
 from lowrank_optax.door import FixedRankState, nodes
-from lowrank_optax.factorize import Rank, rank_number
 from lowrank_optax.geometry import Info, geometry_of, is_coordinates
 from lowrank_optax.layout import map_kernel, map_matrices
 from lowrank_optax.lowrank import LowRank, flatten, is_lowrank

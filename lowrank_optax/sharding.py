@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from lowrank_optax.axes import Axes
 from lowrank_optax.geometry import Coefficients, Pair, TangentVector
 from lowrank_optax.lowrank import LowRank, is_lowrank
 from lowrank_optax.paths import path_name
@@ -135,8 +136,13 @@ def _spec(name: str, x: Any, dense: Any) -> Any:
         raise ValueError(f"the spec {dense} of {name!r} has more axes than its dense shape {tuple(jnp.shape(x))}")
     if not is_lowrank(x):
         return dense
-    axes = (*dense, *(None,) * (x.ndim - len(dense)))
-    b, i = len(x.batch_shape), len(x.batch_shape) + len(x.in_shape)
+    return factor_specs(dense, x.ndim, Axes(len(x.batch_shape), len(x.in_shape)))
+
+
+def factor_specs(dense: PartitionSpec, ndim: int, split: Axes) -> LowRank:
+    """The specs of the factors of a kernel of `ndim` axes."""
+    axes = (*dense, *(None,) * (ndim - len(dense)))
+    b, i = split.batch, split.batch + split.inputs
     factors: Any = (axes[:i], axes[:b], axes[:b] + axes[i:])
     return LowRank(*map(_short, factors))
 

@@ -113,7 +113,7 @@ class Layout:
                 weight = jax.tree.map(lambda x: x[0], weight)
             return geometry.template(weight)
 
-        return Group(geometry, members, batch, jax.eval_shape(template, leaf))
+        return Group(geometry, members, batch, jax.eval_shape(template, _shapes(leaf)))
 
     # --- between trees and groups ---
 
@@ -258,10 +258,15 @@ def same_structure(a: Any, b: Any) -> bool:
 
 def _key(geometry: Geometry, leaf: Any) -> Any:
     """The properties that the weights of a group share."""
-    weight = jax.eval_shape(lambda x: geometry.weight(x, x), leaf)
+    weight = jax.eval_shape(lambda x: geometry.weight(x, x), _shapes(leaf))
     dtypes = (jnp.result_type(x) for x in jax.tree.leaves(leaf))
     shapes = (x.shape for x in jax.tree.leaves(weight))
     return jax.tree.structure(weight), *shapes, *dtypes, *map(spec, jax.tree.leaves(leaf))
+
+
+def _shapes(leaf: Any) -> Any:
+    """Without the shardings of explicit meshes, on which axes cannot be flattened outside of `Mesh.auto`."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), leaf)
 
 
 def _stacked(trees: list[Any]) -> Any:

@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.factorize import Rank, lowrank_init
+from lowrank_optax.axes import Rank
+from lowrank_optax.initialize import lowrank_init
 from lowrank_optax.linen.stock import detach, forward, kernel_axes
 
 Init = Callable[..., Any]

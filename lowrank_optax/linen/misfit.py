@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import errors
 
 from lowrank_optax import lowrank
-from lowrank_optax.factorize import Axes
+from lowrank_optax.axes import Axes
 from lowrank_optax.linen.where import declarations
 from lowrank_optax.lowrank import LowRank, is_lowrank
 from lowrank_optax.paths import path_name

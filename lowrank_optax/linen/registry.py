@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-from lowrank_optax.factorize import Axes
+from lowrank_optax.axes import Axes
 
 
 class Layer(NamedTuple):

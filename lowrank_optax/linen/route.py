@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 from flax.core import meta
 
-from lowrank_optax.factorize import Axes
+from lowrank_optax.axes import Axes
 from lowrank_optax.linen import stock as stock  # registers Flax's own layers
 from lowrank_optax.linen.misfit import LayerError, misfit, refuse_normalized, refused, stacked_misfit
 from lowrank_optax.linen.registry import Layer, declared_axes, find, leaves_of, normalizer

@@ -11,8 +11,8 @@ import flax.linen as nn
 import jax
 from flax import errors
 
+from lowrank_optax.axes import Axes
 from lowrank_optax.einsum import einsum, einsum_axes, output_sizes
-from lowrank_optax.factorize import Axes
 from lowrank_optax.linen.registry import register
 from lowrank_optax.lowrank import LowRank, absorb, contract
 

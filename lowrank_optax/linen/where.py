@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from lowrank_optax.factorize import Axes
+from lowrank_optax.axes import Axes
 from lowrank_optax.linen.registry import declared_axes, find, leaves_of, normalizer
 from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.paths import path_name

@@ -1,7 +1,20 @@
 """Flax nnx: factored kernels in stock modules, and low-rank layers."""
 
 from lowrank_optax.nnx.inplace import factorize
-from lowrank_optax.nnx.layers import LowRankLinear
+from lowrank_optax.nnx.layers import LowRankConv, LowRankEinsum, LowRankLinear, LowRankLinearGeneral
+from lowrank_optax.nnx.optimizer import Optimizer
 from lowrank_optax.nnx.resize import resize
+from lowrank_optax.nnx.specs import get_partition_spec
+from lowrank_optax.nnx.where import kernels
 
-__all__ = ["LowRankLinear", "factorize", "resize"]
+__all__ = [
+    "LowRankConv",
+    "LowRankEinsum",
+    "LowRankLinear",
+    "LowRankLinearGeneral",
+    "Optimizer",
+    "factorize",
+    "get_partition_spec",
+    "kernels",
+    "resize",
+]

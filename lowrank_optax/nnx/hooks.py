@@ -9,13 +9,14 @@ from typing import Any
 
 import jax
 from flax.nnx.nn import dtypes
+from jax.sharding import PartitionSpec
 
-from lowrank_optax.lowrank import absorb, is_lowrank
+from lowrank_optax.lowrank import LowRank, absorb, contract, is_lowrank
 
 
 @dataclasses.dataclass(frozen=True)
 class PromoteLeaves:
-    """A `promote_dtype` hook that reaches the factors of a kernel.
+    """A `promote_dtype` hook of `(inputs, kernel, bias)` that reaches the factors of a kernel.
 
     A value type: equal layers keep equal static attributes, so `nnx.jit` does not compile twice.
     """
@@ -23,8 +24,13 @@ class PromoteLeaves:
     promote: Callable[..., Any] = dtypes.promote_dtype
 
     def __call__(self, args: Any, /, **kwargs: Any) -> Any:
-        leaves, treedef = jax.tree.flatten(args)
-        return jax.tree.unflatten(treedef, self.promote(tuple(leaves), **kwargs))
+        inputs, kernel, bias = args
+        if not is_lowrank(kernel):
+            return self.promote(args, **kwargs)
+        # One factor at a time: functions of the user take three arrays.
+        promoted = [self.promote((inputs, factor, bias), **kwargs) for factor in (kernel.U, kernel.S, kernel.V)]
+        inputs, _, bias = promoted[0]
+        return inputs, LowRank(*(factor for _, factor, _ in promoted)), bias
 
 
 def conv_general_dilated(
@@ -42,8 +48,9 @@ def conv_general_dilated(
     if not is_lowrank(rhs):
         return conv(lhs, rhs, *args, out_sharding=out_sharding, **options, **kwargs)
     U, S, V = absorb(rhs, math.prod(lhs.shape[:-1]), **options)
+    if jax.typeof(U).sharding.mesh.explicit_axes:  # JAX asks for a sharding where it sums over a sharded axis.
+        kwargs["out_sharding"] = PartitionSpec(*jax.typeof(lhs).sharding.spec[:-1], None)
     z = conv(lhs, U, *args, **options, **kwargs)
     if S is not None:
-        z = jax.lax.dot_general(z, S, (((z.ndim - 1,), (0,)), ((), ())), **options)
-    contract = (((z.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(z, V, contract, out_sharding=out_sharding, **options)
+        z = contract(z, S, (((z.ndim - 1,), (0,)), ((), ())), **options)
+    return contract(z, V, (((z.ndim - 1,), (1,)), ((), ())), out_sharding=out_sharding, **options)

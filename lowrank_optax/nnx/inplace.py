@@ -4,37 +4,43 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 from flax import nnx
 
-from lowrank_optax.factorize import Axes, Rank, Where, fits
+from lowrank_optax.axes import Axes, Rank, Where, check_where
 from lowrank_optax.factorize import factorize as factorize_tree
-from lowrank_optax.lowrank import dot_general, is_lowrank
-from lowrank_optax.nnx.hooks import PromoteLeaves, conv_general_dilated
+from lowrank_optax.lowrank import is_lowrank
+from lowrank_optax.nnx.specs import keep_dense_spec
+from lowrank_optax.nnx.stock import declared, install
+from lowrank_optax.nnx.where import Parameter, axes_at, parameters
 
-_STOCK_PRODUCTS = (None, jax.lax.dot_general, jax.lax.conv_general_dilated)
 
-
-def factorize(model: Any, rank: Rank, *, max_rank: Rank | None = None, where: Where | None = None) -> None:
+def factorize(
+    model: Any, rank: Rank, *, max_rank: Rank | None = None, where: Where | None = None, scale: float = 1.0
+) -> None:
     r"""Replaces the kernels of an nnx model by their truncated SVD, in place.
 
     .. math:: W \approx U S V^\top, \quad y = x U S V^\top + b
 
-    The kernels of `nnx.Linear`, `nnx.LinearGeneral` (hence `nnx.MultiHeadAttention`) and `nnx.Conv` without
-    groups and mask become `nnx.Param(LowRank)`. The layers stay the stock ones, and their `dot_general`,
-    `conv_general_dilated` and `promote_dtype` hooks run the factors. Axes are read off the layers; further
-    axes in front, from `nnx.vmap`, index independent kernels. Call it before you create the `nnx.Optimizer`.
+    The kernels of `nnx.Linear`, `nnx.LinearGeneral` (hence `nnx.MultiHeadAttention`), `nnx.Einsum`, and `nnx.Conv`
+    without groups and mask become `nnx.Param(LowRank)`. The layers stay the stock ones: their `dot_general`,
+    `einsum_op`, `conv_general_dilated` and `promote_dtype` hooks run the factors. Axes are read off the layers; further
+    axes in front, from `nnx.vmap`, index independent kernels. `kernels(model, rank).reasons` says why others stay
+    dense. Call it before you create the `nnx.Optimizer`.
 
     Args:
       model: an nnx module.
       rank: an int, a fraction of `min(m, n)` in (0, 1], or a callable of path and dense shape.
       max_rank: width of the factors, default `rank`.
-      where: callable of the path (`"block/linear/kernel"`) and the dense shape that returns False to leave a
-        kernel dense, True to factor it, or `Axes`. Default: every kernel with `min(m, n) >= rank`.
+      where: callable of the path (`"block/linear/kernel"`) and the dense shape that returns False to leave a kernel
+        dense, or True to factor it if its layer can run on factors. For a parameter of a module of your own it may
+        return `Axes`; the module must then multiply with `x @ W` or `lowrank_optax.einsum`. Default: every kernel of
+        the layers above with `min(m, n) >= rank`.
+      scale: factor on the singular values, see `lowrank_optax.factorize`.
 
     Raises:
-      ValueError: if no kernel is left to factor, or the rank exceeds `min(m, n)` of a kernel that `where`
-        chose.
+      TypeError: for arguments of another type.
+      ValueError: if no kernel is left to factor, if the rank exceeds `min(m, n)` of a kernel that `where` chose, or if
+        `where` returns `Axes` for a stock layer that uses other ones.
 
     Example:
       >>> from flax import nnx
@@ -44,65 +50,57 @@ def factorize(model: Any, rank: Rank, *, max_rank: Rank | None = None, where: Wh
       >>> model.kernel[...].U.shape, model(jnp.ones((3, 8))).shape
       ((8, 2), (3, 6))
     """
-    layers = {
-        "/".join((*map(str, path), "kernel")): layer
-        for path, layer in nnx.iter_modules(model)
-        if isinstance(layer, nnx.Linear | nnx.LinearGeneral | nnx.Conv)
-    }
-    kernels = {name: layer.kernel.get_value() for name, layer in layers.items()}
-    axes = {name: _axes(layer, kernels[name]) for name, layer in layers.items()}
-
-    def chosen(name: str, shape: tuple[int, ...]) -> bool | Axes | None:
-        split = axes[name]
-        if split is None:
-            return False
-        if where is None:
-            return split if fits(rank, name, shape, split) else False
-        answer = where(name, shape)
-        return split if answer is True else answer
-
-    factored = factorize_tree(kernels, rank, max_rank=max_rank, where=chosen)
-    factored = {name: kernel for name, kernel in factored.items() if is_lowrank(kernel)}
-    if not factored:
-        found = [(name, tuple(kernel.shape)) for name, kernel in kernels.items()][:5]
-        raise ValueError(
-            f"no kernel to factor at rank {rank}: nnx.factorize takes Linear, LinearGeneral and Conv kernels "
-            f"without groups, mask or custom products with min(m, n) >= rank, and found {found}"
-        )
+    if not any(True for _ in nnx.iter_modules(model)):
+        raise TypeError(f"nnx.factorize changes an nnx module in place, got {type(model).__name__}")
+    check_where(where)
+    found = parameters(model)
+    axes: dict[str, Axes] = {}
+    reasons: dict[str, str] = {}
+    for name, parameter in found.items():
+        answer = _answer(name, parameter, rank, where)
+        if isinstance(answer, Axes):
+            axes[name] = answer
+        else:
+            reasons[name] = answer
+    if not axes:
+        raise ValueError(_nothing(rank, found, reasons))
+    dense = {name: found[name].variable.get_value() for name in axes}
+    factored = factorize_tree(dense, rank, max_rank=max_rank, where=lambda name, shape: axes[name], scale=scale)
     for name, kernel in factored.items():
-        _install(layers[name], kernel)
+        variable, layers, _ = found[name]
+        variable.set_value(kernel)
+        keep_dense_spec(variable)
+        for layer in layers:
+            if not isinstance(declared(layer), str):
+                install(layer)
 
 
-def _axes(layer: Any, kernel: Any) -> Axes | None:
-    """The axes of a layer's kernel, None where it stays dense."""
-    products = ("dot_general", "dot_general_cls", "conv_general_dilated")
-    if any(getattr(layer, hook, None) not in _STOCK_PRODUCTS for hook in products):
-        return None
-    if isinstance(layer, nnx.Conv):
-        if layer.feature_group_count > 1 or layer.mask is not None:
-            return None
-        declared, axes = tuple(layer.kernel_shape), Axes(0, len(layer.kernel_shape) - 1)
-    elif isinstance(layer, nnx.LinearGeneral):
-        batch = tuple(layer.batch_axis.values())
-        declared = (*batch, *layer.in_features, *layer.out_features)
-        axes = Axes(len(batch), len(layer.in_features))
-    else:
-        declared, axes = (layer.in_features, layer.out_features), Axes(0, 1)
-    stacked = len(kernel.shape) - len(declared)
-    if stacked < 0 or tuple(kernel.shape[stacked:]) != declared:
-        return None
-    return Axes(stacked + axes.batch, axes.inputs)
+def _answer(name: str, parameter: Parameter, rank: Rank, where: Where | None) -> Axes | str:
+    """The axes of a parameter that is to be factored, or the reason why it stays dense."""
+    shape, axes = parameter.shape, parameter.axes
+    if is_lowrank(parameter.variable.get_raw_value()):
+        return axes if isinstance(axes, Axes) else Axes()  # It stays as it is.
+    if where is None:
+        return axes_at(name, parameter, rank)
+    answer = where(name, shape)
+    if answer is None or answer is False:
+        return "`where` leaves it dense"
+    if answer is True:
+        return axes
+    stock = any(not isinstance(declared(layer), str) for layer in parameter.layers)
+    if answer != axes and (stock or not _is_own(parameter)):
+        needs = f"its layer uses {axes}" if isinstance(axes, Axes) else axes
+        raise ValueError(f"`where` returned {answer} for {name!r} of shape {shape}, but {needs}")
+    return Axes(*answer)
 
 
-def _install(layer: Any, kernel: Any) -> None:
-    """Puts a factored kernel and the hooks that run it into a stock layer."""
-    layer.kernel.set_value(kernel)
-    # The mesh axes of a dense kernel do not fit its factors.
-    if layer.kernel.has_metadata("out_sharding"):
-        layer.kernel.del_metadata("out_sharding")
-    if not isinstance(layer.promote_dtype, PromoteLeaves):
-        layer.promote_dtype = PromoteLeaves(layer.promote_dtype)
-    if isinstance(layer, nnx.Conv):
-        layer.conv_general_dilated = conv_general_dilated
-    else:
-        layer.dot_general = dot_general
+def _is_own(parameter: Parameter) -> bool:
+    """Whether all owners are modules of the user, which can be written for factors, and no layers of Flax."""
+    bases = [next(c for c in type(layer).__mro__ if c.__module__.startswith("flax.")) for layer in parameter.layers]
+    return all(base is nnx.Module for base in bases)
+
+
+def _nothing(rank: Rank, found: dict[str, Parameter], reasons: dict[str, str]) -> str:
+    lines = [f"  {name} {found[name].shape}: {reason}" for name, reason in reasons.items()]
+    shown = [*lines[:12], *([f"  and {len(lines) - 12} more"] if len(lines) > 12 else [])] or ["  none"]
+    return f"no kernel to factor at rank {rank}. Parameters with two axes or more:\n" + "\n".join(shown)

@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import nnx
 
-from lowrank_optax.factorize import Rank
+from lowrank_optax.axes import Rank
 from lowrank_optax.resize import resize as resize_trees
 
 

@@ -1,0 +1,108 @@
+"""Which leaves are kernels, how their axes split, and the rank that an argument gives them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Axes(NamedTuple):
+    """How the axes of a dense kernel split: `batch` stacked axes, then `inputs` input axes, the rest outputs.
+
+    Example:
+      >>> import jax.numpy as jnp, lowrank_optax as lro
+      >>> layers = {"w": jnp.ones((12, 64, 32))}  # twelve stacked 64 x 32 kernels
+      >>> lro.factorize(layers, 4, where=lambda path, shape: lro.Axes(batch=1, inputs=1))["w"].U.shape
+      (12, 64, 4)
+    """
+
+    batch: int = 0
+    inputs: int = 1
+
+
+Rank = int | float | Callable[[str, tuple[int, ...]], int | float]
+Where = Callable[[str, tuple[int, ...]], "bool | Axes | None"]
+
+_LEAST = 4  # A fraction gives no smaller rank: a small kernel would lose all it can learn for few parameters.
+
+# Kernel axes of nn.MultiHeadDotProductAttention: (features, heads, head_dim) for the projections,
+# (heads, head_dim, features) on the way out.
+_ATTENTION = {"query": Axes(0, 1), "key": Axes(0, 1), "value": Axes(0, 1), "out": Axes(0, 2)}
+
+
+def _default_axes(name: str, shape: tuple[int, ...]) -> Axes:
+    """The split of a kernel that no `where` describes, where the shape and the name leave no doubt."""
+    *_, parent, _leaf = ("", "", *name.split("/"))
+    if len(shape) == 2:
+        return Axes(0, 1)
+    if len(shape) == 3 and parent in _ATTENTION:
+        return _ATTENTION[parent]
+    if len(shape) in (4, 5) and parent not in _ATTENTION:
+        return Axes(0, len(shape) - 1)  # Convolution: (spatial..., channels in, channels out).
+    raise ValueError(
+        f"cannot tell batch, input and output axes of the kernel {name!r} of shape {shape}: pass "
+        "where=lowrank_optax.linen.kernels(model, *inputs), which reads them off a Flax model, or "
+        "where=lambda path, shape: Axes(batch, inputs), or return False there to leave it dense"
+    )
+
+
+def matrix_shape(shape: tuple[int, ...], axes: Axes) -> tuple[int, int]:
+    """The shape (m, n) of a kernel as a matrix."""
+    inputs = shape[axes.batch : axes.batch + axes.inputs]
+    return math.prod(inputs), math.prod(shape[axes.batch + axes.inputs :])
+
+
+def rank_number(rank: Rank, name: str, shape: tuple[int, ...], limit: int) -> int:
+    """Evaluates a rank argument for one kernel whose matrices allow at most `limit`."""
+    value = rank(name, shape) if callable(rank) else rank
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"the rank of {name!r} must be an int or a fraction in (0, 1], got {value!r}")
+    if isinstance(value, float | np.floating):
+        if not 0.0 < value <= 1.0:
+            raise ValueError(f"a fractional rank lies in (0, 1], got {value} for {name!r}; an absolute rank is an int")
+        value = max(min(_LEAST, limit), round(float(value) * limit))
+    if value < 1:
+        raise ValueError(f"the rank must be at least 1, got {value} for {name!r} of shape {shape}")
+    return int(value)
+
+
+def check_where(where: Any) -> None:
+    """Raises TypeError for anything but a callable."""
+    if where is not None and not callable(where):
+        raise TypeError(
+            "where is a callable of path and dense shape that returns True, False or Axes, e.g. "
+            f"lambda path, shape: path.endswith('kernel'); got {where!r}"
+        )
+
+
+def split_axes(name: str, shape: tuple[int, ...], where: Where | None, rank: Rank) -> Axes | None:
+    """The axes of a leaf that is to be factored, None for one that stays dense."""
+    if where is None:
+        is_kernel = name.rsplit("/", 1)[-1] in ("kernel", "")
+        if not is_kernel or len(shape) < 2:
+            return None
+        axes = _default_axes(name, shape)
+        return axes if fits(rank, name, shape, axes) else None
+    chosen = where(name, shape)
+    if chosen is None or chosen is False:
+        return None
+    if len(shape) < 2:
+        raise ValueError(
+            f"{name!r} has shape {shape}: a kernel has at least one input and one output axis; "
+            "let `where` return False for it"
+        )
+    axes = _default_axes(name, shape) if chosen is True else Axes(*chosen)
+    if axes.batch < 0 or axes.inputs < 1 or axes.batch + axes.inputs >= len(shape):
+        raise ValueError(f"{axes} leaves no input or no output axis in {name!r} of shape {shape}")
+    if getattr(chosen, "optional", False):  # from `linen.kernels`: dense, as by default, where the rank does not fit
+        return axes if fits(rank, name, shape, axes) else None
+    return axes
+
+
+def fits(rank: Rank, name: str, shape: tuple[int, ...], axes: Axes) -> bool:
+    """Whether the kernel has as many singular values as the rank asks for."""
+    limit = min(matrix_shape(shape, axes))
+    return rank_number(rank, name, shape, limit) <= limit
