@@ -29,6 +29,7 @@ from lowrank_optax.optimizers import (
 from lowrank_optax.rank import RankPolicy, Spectrum, budget, tolerance
 from lowrank_optax.resize import buckets, resize
 from lowrank_optax.sharding import partition_specs, state_specs
+from lowrank_optax.summary import Summary, summary
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ __all__ = [
     "RankPolicy",
     "SkipNotFiniteState",
     "Spectrum",
+    "Summary",
     "Tangent",
     "buckets",
     "budget",
@@ -83,6 +85,7 @@ __all__ = [
     "scale_by_polar_factor",
     "skip_not_finite",
     "state_specs",
+    "summary",
     "tangent_norm",
     "tolerance",
 ]

@@ -26,8 +26,6 @@ class Axes(NamedTuple):
 Rank = int | float | Callable[[str, tuple[int, ...]], int | float]
 Where = Callable[[str, tuple[int, ...]], "bool | Axes | None"]
 
-_LEAST = 4  # A fraction gives no smaller rank: a small kernel would lose all it can learn for few parameters.
-
 # Kernel axes of nn.MultiHeadDotProductAttention: (features, heads, head_dim) for the projections,
 # (heads, head_dim, features) on the way out.
 _ATTENTION = {"query": Axes(0, 1), "key": Axes(0, 1), "value": Axes(0, 1), "out": Axes(0, 2)}
@@ -55,6 +53,14 @@ def matrix_shape(shape: tuple[int, ...], axes: Axes) -> tuple[int, int]:
     return math.prod(inputs), math.prod(shape[axes.batch + axes.inputs :])
 
 
+def least_rank(limit: int) -> int:
+    """The least rank that a fraction or a budget gives a kernel with `min(m, n) = limit`.
+
+    Rank 1 of an output layer with ten classes would save few parameters and lose most of what it can learn.
+    """
+    return min(4, limit)
+
+
 def rank_number(rank: Rank, name: str, shape: tuple[int, ...], limit: int) -> int:
     """Evaluates a rank argument for one kernel whose matrices allow at most `limit`."""
     value = rank(name, shape) if callable(rank) else rank
@@ -63,7 +69,7 @@ def rank_number(rank: Rank, name: str, shape: tuple[int, ...], limit: int) -> in
     if isinstance(value, float | np.floating):
         if not 0.0 < value <= 1.0:
             raise ValueError(f"a fractional rank lies in (0, 1], got {value} for {name!r}; an absolute rank is an int")
-        value = max(min(_LEAST, limit), round(float(value) * limit))
+        value = max(least_rank(limit), round(float(value) * limit))
     if value < 1:
         raise ValueError(f"the rank must be at least 1, got {value} for {name!r} of shape {shape}")
     return int(value)

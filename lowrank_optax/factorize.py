@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -15,11 +16,18 @@ from lowrank_optax.layout import map_kernel
 from lowrank_optax.lowrank import LowRank, is_lowrank
 from lowrank_optax.paths import path_name, refuse_nnx
 from lowrank_optax.rank import check_number
+from lowrank_optax.share import Kernels, check_rank_or_budget, ranks_for_share
 from lowrank_optax.truncate import truncated_kernel
 
 
 def factorize(
-    params: Any, rank: Rank, *, max_rank: Rank | None = None, where: Where | None = None, scale: float = 1.0
+    params: Any,
+    rank: Rank | None = None,
+    *,
+    budget: float | None = None,
+    max_rank: Rank | None = None,
+    where: Where | None = None,
+    scale: float = 1.0,
 ) -> Any:
     r"""Replaces the chosen kernels of a parameter tree by their truncated SVD.
 
@@ -32,6 +40,10 @@ def factorize(
       params: a tree of arrays, e.g. `model.init(...)["params"]`.
       rank: rank of the start: an int, a fraction of `min(m, n)` in (0, 1], or a callable of the path
         and the dense shape that returns either. A fraction gives rank 4 at least, or `min(m, n)` where it is smaller.
+      budget: in place of `rank`, the share in (0, 1) of the model's parameters that is left, e.g. 0.3. All leaves of
+        `params` count, embeddings too, and a kernel counts `r (m + n + r)` numbers. All kernels get about the same
+        fraction of `min(m, n)` as rank, 4 at least; one whose factors would not be smaller stays dense. The result
+        has the largest ranks that do not exceed the budget; `summary` shows it.
       max_rank: width of the factors, of the same forms, for ranks that may grow. `galerkin` needs at least `2 rank`
         for its augmented bases. Cut to `min(m, n)`. Default: `rank`.
       where: callable of the path (`"block/dense/kernel"`) and the dense shape that returns False to leave a
@@ -45,9 +57,10 @@ def factorize(
       The tree with `LowRank` nodes, in the dtype of the parameters.
 
     Raises:
-      TypeError: for arguments of another type.
+      TypeError: for arguments of another type, or unless either `rank` or `budget` is given.
       ValueError: if the rank exceeds `min(m, n)` of a kernel chosen by `where`, if no kernel is left to
-        factor, or if the axes of a kernel are ambiguous.
+        factor, if the axes of a kernel are ambiguous, or if the least ranks exceed the budget; the message says the
+        least share.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -59,6 +72,9 @@ def factorize(
     refuse_nnx(params, "factorize", "lowrank_optax.nnx.factorize(model, rank)")
     check_where(where)
     check_number("scale", scale)
+    check_rank_or_budget(rank, budget, max_rank)
+    if rank is None:
+        rank, where = _at_budget(params, float(budget or 0.0), where)
     seen: list[tuple[str, tuple[int, ...]]] = []
     chosen = 0
 
@@ -96,6 +112,23 @@ def factorize(
             f"and found {seen[:5]}; choose a smaller rank, or other leaves with where=lambda path, shape: ..."
         )
     return out
+
+
+def _at_budget(params: Any, budget: float, where: Where | None) -> tuple[Rank, Where]:
+    """The ranks that `factorize` gives to kernels for a share of the parameters, and the kernels that it takes."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_lowrank)
+    kernels: Kernels = {}
+    dense = fixed = 0
+    for path, leaf in leaves:
+        name, shape = path_name(path), tuple(leaf.shape if is_lowrank(leaf) else jnp.shape(leaf))
+        dense += math.prod(shape)
+        axes = None if is_lowrank(leaf) else split_axes(name, shape, where, rank=1)
+        if axes is None:
+            fixed += sum(x.size for x in jax.tree.leaves(leaf))
+        else:
+            kernels[name] = shape, axes
+    ranks = ranks_for_share(budget, kernels, dense, fixed)
+    return lambda name, shape: ranks[name], lambda name, shape: kernels[name][1] if name in ranks else False
 
 
 def densify(params: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import jax
 from flax import nnx
 
 from lowrank_optax.axes import Axes, Rank, Where, check_where
@@ -11,11 +13,18 @@ from lowrank_optax.factorize import factorize as factorize_tree
 from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.nnx.specs import keep_dense_spec
 from lowrank_optax.nnx.stock import declared, install
-from lowrank_optax.nnx.where import Parameter, axes_at, parameters
+from lowrank_optax.nnx.where import Parameter, axes_at, counted, parameters
+from lowrank_optax.share import Kernels, check_rank_or_budget, ranks_for_share
 
 
 def factorize(
-    model: Any, rank: Rank, *, max_rank: Rank | None = None, where: Where | None = None, scale: float = 1.0
+    model: Any,
+    rank: Rank | None = None,
+    *,
+    budget: float | None = None,
+    max_rank: Rank | None = None,
+    where: Where | None = None,
+    scale: float = 1.0,
 ) -> None:
     r"""Replaces the kernels of an nnx model by their truncated SVD, in place.
 
@@ -30,6 +39,8 @@ def factorize(
     Args:
       model: an nnx module.
       rank: an int, a fraction of `min(m, n)` in (0, 1], or a callable of path and dense shape.
+      budget: in place of `rank`, the share in (0, 1) of the model's parameters (`nnx.Param`) that is left, see
+        `lowrank_optax.factorize`.
       max_rank: width of the factors, default `rank`.
       where: callable of the path (`"block/linear/kernel"`) and the dense shape that returns False to leave a kernel
         dense, or True to factor it if its layer can run on factors. For a parameter of a module of your own it may
@@ -38,9 +49,9 @@ def factorize(
       scale: factor on the singular values, see `lowrank_optax.factorize`.
 
     Raises:
-      TypeError: for arguments of another type.
-      ValueError: if no kernel is left to factor, if the rank exceeds `min(m, n)` of a kernel that `where` chose, or if
-        `where` returns `Axes` for a stock layer that uses other ones.
+      TypeError: for arguments of another type, or unless either `rank` or `budget` is given.
+      ValueError: if no kernel is left to factor, if the rank exceeds `min(m, n)` of a kernel that `where` chose, if
+        `where` returns `Axes` for a stock layer that uses other ones, or if the least ranks exceed the budget.
 
     Example:
       >>> from flax import nnx
@@ -53,7 +64,10 @@ def factorize(
     if not any(True for _ in nnx.iter_modules(model)):
         raise TypeError(f"nnx.factorize changes an nnx module in place, got {type(model).__name__}")
     check_where(where)
+    check_rank_or_budget(rank, budget, max_rank)
     found = parameters(model)
+    if rank is None:
+        rank, where = _at_budget(model, found, float(budget or 0.0), where)
     axes: dict[str, Axes] = {}
     reasons: dict[str, str] = {}
     for name, parameter in found.items():
@@ -73,6 +87,21 @@ def factorize(
         for layer in layers:
             if not isinstance(declared(layer), str):
                 install(layer)
+
+
+def _at_budget(model: Any, found: dict[str, Parameter], budget: float, where: Where | None) -> tuple[Rank, Where]:
+    """The ranks of kernels for a share of the model's parameters, and the kernels that `factorize` takes."""
+    everything = [x for _, x in counted(model)]
+    dense = sum(math.prod(x.shape) for x in everything)
+    fixed = sum(y.size for x in everything for y in jax.tree.leaves(x))
+    kernels: Kernels = {}
+    for name, parameter in found.items():
+        answer = _answer(name, parameter, 1, where)
+        if isinstance(answer, Axes) and not is_lowrank(parameter.variable.get_raw_value()):
+            kernels[name] = parameter.shape, answer
+            fixed -= math.prod(parameter.shape)
+    ranks = ranks_for_share(budget, kernels, dense, fixed)
+    return lambda name, shape: ranks[name], lambda name, shape: kernels[name][1] if name in ranks else False
 
 
 def _answer(name: str, parameter: Parameter, rank: Rank, where: Where | None) -> Axes | str:

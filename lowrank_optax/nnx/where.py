@@ -112,6 +112,13 @@ def parameters(model: Any) -> dict[str, Parameter]:
     return found
 
 
+def counted(model: Any) -> list[tuple[str, Any]]:
+    """The values of a model that count as its parameters, by path: `nnx.Param` and the kernels of stock layers."""
+    named = {"/".join(map(str, path)): x for path, x in nnx.iter_graph(model) if isinstance(x, nnx.Param)}
+    named |= {name: p.variable for name, p in parameters(model).items()}
+    return [(name, x.get_raw_value()) for name, x in named.items()]
+
+
 def _axes(variable: Any, used: list[tuple[str, Any]]) -> Axes | str:
     """The axes that all layers which own a variable agree on, or a reason."""
     if not used:

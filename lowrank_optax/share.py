@@ -1,0 +1,102 @@
+"""Ranks of kernels for a share of a model's parameters: the argument `budget` of `factorize`."""
+
+from __future__ import annotations
+
+import math
+
+from lowrank_optax.axes import Axes, least_rank, matrix_shape
+from lowrank_optax.rank import check_number
+
+Kernels = dict[str, tuple[tuple[int, ...], Axes]]  # by path, the dense shape and its split
+
+
+def check_rank_or_budget(rank: object, budget: object, max_rank: object) -> None:
+    """Raises unless exactly one of `rank` and `budget` is given, and a budget lies in (0, 1)."""
+    if (rank is None) == (budget is None):
+        given = "neither" if rank is None else "both"
+        raise TypeError(f"factorize takes either rank or budget, got {given}")
+    if budget is None:
+        return
+    if max_rank is not None:
+        raise TypeError("a budget counts the columns of the factors: pass max_rank with rank, not with budget")
+    check_number("budget", budget)
+    if not 0 < float(budget) < 1:  # type: ignore[arg-type]
+        raise ValueError(f"budget is a share of the model's parameters in (0, 1), got {budget}")
+
+
+def factored_size(m: int, n: int, rank: int) -> int:
+    """The number of parameters in U, S and V of a kernel m x n."""
+    return rank * (m + n + rank)
+
+
+def ranks_for_share(share: float, kernels: Kernels, dense: int, fixed: int) -> dict[str, int]:
+    r"""Ranks with which a model has at most a share of its dense parameters, and close to it.
+
+    With :math:`k_i = \min(m_i, n_i)` and one fraction f for all kernels, kernel i has rank :math:`r_i = f k_i`. The
+    largest f is found by bisection. If rounding leaves more than a hundredth of the share, ranks grow by one, the
+    smallest :math:`r_i / k_i` first: the ranks of all kernels of one shape together, because kernels with equal factors
+    are computed as one stack, and one by one only if that is not enough. A kernel whose factors
+    :math:`r_i (m_i + n_i + r_i)` would not be smaller than :math:`m_i n_i` stays dense.
+
+    Args:
+      share: the wanted number of parameters over `dense`.
+      kernels: those that may be factored.
+      dense: the number of parameters of the dense model.
+      fixed: the number of parameters that are not in `kernels`, as they are.
+
+    Returns:
+      The rank of every kernel that is to be factored.
+
+    Raises:
+      ValueError: if all kernels at their least rank leave more than the share.
+    """
+    sizes = {name: _Kernel(shape, axes) for name, (shape, axes) in kernels.items()}
+
+    def total(ranks: dict[str, int]) -> int:
+        return fixed + sum(kernel.size(ranks[name]) for name, kernel in sizes.items())
+
+    def at(fraction: float) -> dict[str, int]:
+        return {name: kernel.rank(fraction) for name, kernel in sizes.items()}
+
+    target, least = share * dense, total(at(0.0))
+    if least > target:
+        raise ValueError(
+            f"budget={share} cannot be reached: with every kernel at its least rank the model keeps "
+            f"{math.ceil(1000 * least / dense) / 1000} of its parameters. Leaves that are not factored are "
+            f"{fixed / dense:.3f} of them"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if total(at(middle)) <= target else (low, middle)
+    ranks = at(low)
+    alike: dict[tuple[int, int], list[str]] = {}
+    for name, kernel in sizes.items():
+        alike.setdefault((kernel.m, kernel.n), []).append(name)
+    for units in ([*alike.values()], [[name] for name in sizes]):
+        while units and total(ranks) < 0.99 * target:
+            unit = min(units, key=lambda names: ranks[names[0]] / sizes[names[0]].limit)
+            grown = ranks | {name: ranks[name] + 1 for name in unit}
+            if total(grown) <= target and all(sizes[name].is_factored(grown[name]) for name in unit):
+                ranks = grown
+            else:
+                units.remove(unit)
+    return {name: r for name, r in ranks.items() if sizes[name].is_factored(r)}
+
+
+class _Kernel:
+    """Sizes of a kernel, or of a stack of kernels, at a rank."""
+
+    def __init__(self, shape: tuple[int, ...], axes: Axes) -> None:
+        self.batch = math.prod(shape[: axes.batch])
+        self.m, self.n = matrix_shape(shape, axes)
+        self.limit = min(self.m, self.n)
+
+    def rank(self, fraction: float) -> int:
+        return max(least_rank(self.limit), round(fraction * self.limit))
+
+    def is_factored(self, rank: int) -> bool:
+        return factored_size(self.m, self.n, rank) < self.m * self.n
+
+    def size(self, rank: int) -> int:
+        return self.batch * min(factored_size(self.m, self.n, rank), self.m * self.n)
