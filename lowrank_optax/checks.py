@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lowrank_optax.geometry import Factored, Geometry
 from lowrank_optax.layout import Layout, map_kernel
@@ -36,14 +38,31 @@ def check_geometry(geometry: Any) -> None:
 
 
 def check_kernels(params: Any, geometry: Geometry) -> None:
-    """Raises ValueError for a kernel that is no valid factorisation; values are looked at where they are known."""
+    """Raises ValueError for a kernel that is no valid factorisation; values are looked at where they are known.
+
+    Warns of parameters without a kernel, which somebody forgot to factor, unless a mask has hidden some of them.
+    """
     kernels = []
     for path, W in jax.tree_util.tree_leaves_with_path(params, is_leaf=geometry.owns):
         if geometry.owns(W):
             geometry.check(path_name(path), W)
             if isinstance(geometry, Factored):
                 kernels.append((path_name(path), W))
+    if isinstance(geometry, Factored) and not kernels:
+        _warn_of_dense(params)
     check_orthonormal(kernels)
+
+
+def _warn_of_dense(params: Any) -> None:
+    is_hidden = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+    leaves = jax.tree.leaves(params, is_leaf=is_hidden)
+    matrices = sum(jnp.ndim(x) >= 2 for x in leaves if not is_hidden(x))
+    if matrices and not any(map(is_hidden, leaves)):
+        warnings.warn(
+            f"there is no LowRank kernel among the parameters, whose {matrices} leaves with two axes or more all move "
+            "as ordinary ones: factor them first, params = lowrank_optax.factorize(params, rank)",
+            stacklevel=2,
+        )
 
 
 def check_orthonormal(kernels: list[tuple[str, LowRank]]) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,8 @@ def export_lora(folder: Any, params: Any, *, module: Module = _module, base_mode
 
     Args:
       folder: where to write; a missing folder is made.
-      params: a tree whose `LowRank` nodes are the changes; other leaves are not written. For a whole kernel kept
+      params: a tree whose `LowRank` nodes are the changes. Other leaves are not written, and a warning names them: a
+        LoRA adapter has no place for trained biases. For a whole kernel kept
         as U S V^T the base of the adapter is a layer with weight zero; to export it as an ordinary layer, use
         `densify`. Several input or output axes become one. A kernel with three input axes is a 2-D convolution, whose
         factors get the shapes `(r, in, height, width)` and `(out, r, 1, 1)`.
@@ -59,7 +61,7 @@ def export_lora(folder: Any, params: Any, *, module: Module = _module, base_mode
       >>> folder = pathlib.Path(tempfile.mkdtemp())
       >>> lro.export_lora(folder, delta, module=lambda path, index: "encoder.layer.0.output.dense")
       >>> json.loads((folder / "adapter_config.json").read_text())["target_modules"]
-      ['encoder.layer.0.output.dense']
+      'encoder\\.layer\\.0\\.output\\.dense'
     """
     try:
         from safetensors.flax import save_file
@@ -67,8 +69,10 @@ def export_lora(folder: Any, params: Any, *, module: Module = _module, base_mode
         raise ImportError("export_lora writes safetensors: pip install lowrank-optax[export]") from error
 
     pairs: dict[str, tuple[jax.Array, jax.Array]] = {}
+    left_out = []
     for path, W in jax.tree_util.tree_leaves_with_path(resize(params)[0], is_leaf=is_lowrank):
         if not is_lowrank(W):
+            left_out.append(path_name(path))
             continue
         for index in np.ndindex(W.batch_shape):
             name = module(path_name(path), index)
@@ -77,6 +81,11 @@ def export_lora(folder: Any, params: Any, *, module: Module = _module, base_mode
             pairs[name] = _pair(W[index] if index else W)
     if not pairs:
         raise ValueError("there is no LowRank node to export")
+    if left_out:
+        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        warnings.warn(
+            f"an adapter holds changes of kernels only: {', '.join(left_out[:5])}{more} are not exported", stacklevel=2
+        )
 
     ranks = {name: int(a.shape[0]) for name, (a, _) in pairs.items()}
     most = max(ranks.values())
@@ -93,7 +102,8 @@ def export_lora(folder: Any, params: Any, *, module: Module = _module, base_mode
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
-        "target_modules": sorted(ranks),
+        # One pattern, which PEFT matches with full names. Names in a list also match as ends of other names.
+        "target_modules": "|".join(map(re.escape, sorted(ranks))),
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
     }
