@@ -127,6 +127,7 @@ def train(config: Config, session: Session, name: str, interrupted: Callable[[],
         )
         with log_file, bar:
             if start == 0:
+                show_kernels(config, session, name, state.params)
                 log_file.write(step=0, **evaluate(task, state))
                 log_file.write(step=0, spectrum=methods.spectrum(task, state.params))
             clock, since = None, start  # no clock before the first step has compiled
@@ -170,6 +171,16 @@ def train(config: Config, session: Session, name: str, interrupted: Callable[[],
                     jax.block_until_ready(state)
                     clock, since = time.perf_counter(), step
     return start == config.steps
+
+
+def show_kernels(config: Config, session: Session, name: str, params: Params) -> None:
+    """Prints how much of the model is left, and keeps the table of all parameters; an adapted model is kept whole."""
+    if methods.METHODS[name].form != "low rank" or config.adapt:
+        return
+    summary = lro.summary(params, load(config).is_kernel)
+    path = session.out / f"{name}.parameters.txt"
+    metrics.replace(path, f"{summary}\n")
+    tqdm.write(f"{name}: {summary.share:.1%} of {summary.before:,} parameters are left, see {path}")
 
 
 def follow_ranks(config: Config, name: str, state: TrainState) -> TrainState:
