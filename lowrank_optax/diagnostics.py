@@ -13,7 +13,7 @@ from lowrank_optax import manifold as mf
 from lowrank_optax.door import FixedRankState, nodes
 from lowrank_optax.geometry import Info
 from lowrank_optax.guard import SkipNotFiniteState
-from lowrank_optax.layout import map_matrices
+from lowrank_optax.layout import map_numbers
 from lowrank_optax.linalg import working_dtype
 from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.paths import path_name, unwrapped
@@ -42,7 +42,7 @@ def ranks(params: Any) -> dict[str, jax.Array]:
         return {name: info.rank for name, info in diagnostics(params).kernels.items()}
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_lowrank)
     return {
-        path_name(path): map_matrices(mf.rank, W.S.astype(working_dtype(W.S))) for path, W in leaves if is_lowrank(W)
+        path_name(path): map_numbers(mf.rank, W.S.astype(working_dtype(W.S))) for path, W in leaves if is_lowrank(W)
     }
 
 

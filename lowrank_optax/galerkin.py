@@ -17,7 +17,7 @@ from lowrank_optax.checks import check_gradients, is_known
 from lowrank_optax.door import Door, FixedRankState
 from lowrank_optax.geometry import Frozen, Info, Settled
 from lowrank_optax.guard import MOST_SKIPS
-from lowrank_optax.layout import Layout, map_matrices
+from lowrank_optax.layout import Layout, map_numbers
 from lowrank_optax.lowrank import LowRank
 from lowrank_optax.moments import Moments
 from lowrank_optax.optimize import choose_ranks, step
@@ -48,7 +48,7 @@ class GalerkinBases(Frozen):
             return
         with jax.ensure_compile_time_eval():
             S = leaf.S.astype(linalg.working_dtype(leaf.S))
-            rank = int(jnp.max(map_matrices(mf.rank, S)))
+            rank = int(jnp.max(map_numbers(mf.rank, S)))
         if 2 * rank > leaf.width or leaf.width < 2:
             raise ValueError(
                 f"galerkin augments the bases within the factors, and {name!r} of rank {rank} has factors of width "

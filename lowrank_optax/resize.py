@@ -15,7 +15,7 @@ from lowrank_optax.checks import check_orthonormal
 from lowrank_optax.diagnostics import ranks
 from lowrank_optax.door import FixedRankState, nodes
 from lowrank_optax.geometry import Info, geometry_of, is_coordinates
-from lowrank_optax.layout import map_kernel, map_matrices
+from lowrank_optax.layout import map_kernel, map_numbers
 from lowrank_optax.lowrank import LowRank, flatten, is_lowrank
 from lowrank_optax.paths import path_name, unwrapped
 from lowrank_optax.rank import relative_tail
@@ -93,10 +93,10 @@ def _plan(name: str, W: LowRank, rank: Rank | None) -> _Move | None:
     limit = min(shapes.U.shape[-2], shapes.V.shape[-2])
     S = W.S.astype(linalg.working_dtype(W.U, W.S, W.V))
     if rank is None:
-        width = max(1, int(jnp.max(map_matrices(mf.rank, S))))
+        width = max(1, int(jnp.max(map_numbers(mf.rank, S))))
     else:
         width = min(limit, rank_number(rank, name, W.shape, limit))
-    if width == W.width and bool(jnp.all(map_matrices(mf.is_canonical, S))):
+    if width == W.width and bool(jnp.all(map_numbers(mf.is_canonical, S))):
         return None
     return _Move(W, *map_kernel(_fitted, W, width=width))
 

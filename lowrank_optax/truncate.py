@@ -27,7 +27,7 @@ def truncated_kernel(W: jax.Array, axes: Axes, rank: int, width: int) -> LowRank
     spec = sharding.spec
     specs = factor_specs(spec, W.ndim, axes)
     shardings = jax.tree.map(lambda s: NamedSharding(sharding.mesh, s), specs)
-    split = any(entry is not None for entry in tuple(spec)[axes.batch :])
+    split = sharding.mesh.size > 1 and any(entry is not None for entry in tuple(spec)[axes.batch :])
     explicit = jax.typeof(W).sharding.mesh.explicit_axes
     static = axes, rank, width, NamedSharding(sharding.mesh, spec) if split else None
     if explicit:
@@ -42,10 +42,10 @@ def shardings_of(shardings: LowRank) -> tuple[Any, Any, Any]:
 
 
 def _sharding(W: Any) -> NamedSharding | None:
-    """The sharding over several devices that an array or its type states; XLA decides about others."""
+    """The sharding that the type of an array states, or the one over several devices that it has; else XLA decides."""
     of_type = jax.typeof(W).sharding
-    if of_type.mesh.explicit_axes:
-        return of_type if of_type.mesh.size > 1 else None
+    if of_type.mesh.explicit_axes:  # On one device too, where types name axes of size 1.
+        return of_type
     sharding = None if isinstance(W, jax.core.Tracer) else getattr(W, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
 

@@ -28,6 +28,11 @@ def map_matrices(f: Callable[..., Any], *args: Any, **static: Any) -> Any:
     return mapped(f, jax.tree.leaves(args)[0].ndim - 2, tuple(static.items()), args)
 
 
+def map_numbers(f: Callable[..., Any], S: jax.Array) -> Any:
+    """A number for every matrix of a stack, replicated whatever the sharding of the stack."""
+    return Mesh(S).auto(functools.partial(map_matrices, f), S)
+
+
 def map_kernel(f: Callable[..., Any], W: LowRank, *args: Any, **static: Any) -> Any:
     """`f(W, *args)` for every kernel of a stack, flattened and in the working dtype.
 

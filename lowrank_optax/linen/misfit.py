@@ -119,7 +119,7 @@ def stacked_misfit(error: Exception, module: Any, method: str, args: Any, kwargs
     for name, W in suspects.items():
         axes = declared[name].axes_in(W.shape) if name in declared else ""
         if isinstance(axes, Axes) and axes != Axes(len(W.batch_shape), len(W.in_shape)):
-            owner = classes[name.rpartition("/")[0]].__name__
+            owner = classes.get(name.rpartition("/")[0], type(module)).__name__
             return misfit("/".join((*module.path, name)), owner, W, axes)
     return None
 

@@ -53,7 +53,8 @@ def declarations(run: Callable[[], Any]) -> tuple[dict[str, Declared], dict[str,
         finally:
             within.pop()
         path = "/".join(module.path) if module.scope is not None else ""
-        classes.setdefault(path, type(module))  # the innermost: lifted classes return later
+        if path.rpartition("/")[-1] == (module.name or ""):  # The classes that nn.scan makes have the path above.
+            classes.setdefault(path, type(module))  # the innermost: lifted classes return later
         layer = find(module, getattr(context.orig_method, "func", None))
         if layer is None:
             return out

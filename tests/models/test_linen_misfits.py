@@ -302,6 +302,24 @@ class Twice(nn.Module):
         return nn.Dense(4, name="dense")(layer(layer(x, "AB,BCD->ACD"), "ACD,CDB->AB"))
 
 
+def test_a_reason_names_the_module_that_owns_a_parameter_beside_scanned_layers() -> None:
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any, _: Any) -> Any:
+            return nn.Dense(8, use_bias=False)(x), None
+
+    class Tied(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            x = x @ self.param("table", nn.initializers.ones, (8, 8))
+            layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+            return layers(name="layers")(x, None)[0]
+
+    for model in (Tied(), Tied(name="model")):
+        reasons = lro.linen.kernels(model, jax.ShapeDtypeStruct((2, 8), jnp.float32)).reasons
+        assert reasons == {"table": "nothing is registered for its layer, Tied"}
+
+
 def test_reasons_of_equations_and_of_stacked_kernels() -> None:
     where = lro.linen.kernels(Square(), jnp.ones((2, 8)))
     assert "no matrix" in where.reasons["einsum/kernel"] and not where("einsum/kernel", (4, 2))

@@ -83,3 +83,15 @@ def test_stacked_layers_keep_the_axis_of_the_stack():
         found = lro.nnx.get_partition_spec(nnx.state(model))["kernel"].get_value()
         assert (P("layers", "x"), P("layers"), P("layers", "y")) == (found.U, found.S, found.V)
         assert jnp.allclose(run(model, jnp.ones((2, 8))), expected, atol=1e-4)
+
+
+def test_factorize_on_an_explicit_mesh_of_one_device():
+    """Types name axes of size 1, which decompositions refuse as they refuse others."""
+    with jax.set_mesh(jax.make_mesh((1, 1), ("x", "y"))):
+        model = with_metadata(out_sharding=("x", "y"))
+        model.kernel.set_value(jax.sharding.reshard(model.kernel.get_value(), P("x", "y")))
+        dense = model.kernel.get_value()
+        lro.nnx.factorize(model, 6)
+        W = model.kernel.get_value()
+        assert (P("x", None), P("y", None)) == (W.U.sharding.spec, W.V.sharding.spec)
+        assert jnp.allclose(W.to_dense(), dense, atol=1e-5) and lro.ranks(model)["kernel"] == 6
