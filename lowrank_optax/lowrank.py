@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import math
 import numbers
@@ -177,6 +179,7 @@ class LowRank:
         return self._scaled(operator.truediv, scalar)
 
     def _leaf_by_leaf(self, operation: Any, other: Any) -> LowRank:
+        self._refuse_in_modules()
         other = other.get_raw_value() if is_wrapper(other) else other
         if not isinstance(other, LowRank):
             self._refuse()
@@ -185,10 +188,15 @@ class LowRank:
         return jax.tree.map(operation, self, other)
 
     def _scaled(self, operation: Any, scalar: Any) -> LowRank:
+        self._refuse_in_modules()
         is_array = hasattr(scalar, "dtype") and not isinstance(scalar, LowRank)
         if jnp.ndim(scalar) if is_array else isinstance(scalar, bool) or not isinstance(scalar, numbers.Real):
             self._refuse()
         return jax.tree.map(lambda x: operation(x, scalar), self)
+
+    def _refuse_in_modules(self) -> None:
+        if _in_module.get():
+            self._refuse("within a module a LowRank node is a kernel, and a multiple of its factors no multiple of W")
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         cause = f"{args[0]}: " if args and isinstance(args[0], str) else ""
@@ -200,6 +208,19 @@ class LowRank:
 
     # An elementwise operation on factors is no operation on W, and other libraries would fail later and elsewhere.
     __rsub__ = __rtruediv__ = __pow__ = __rpow__ = __neg__ = __abs__ = __array__ = __float__ = __matmul__ = _refuse
+
+
+_in_module = contextvars.ContextVar("whether LowRank nodes are kernels, and no gradients", default=False)
+
+
+@contextlib.contextmanager
+def arithmetic_refused() -> Iterator[None]:
+    """For the time that a module with factored kernels runs: `2.0 * W` there would be a silent `8.0 * W`."""
+    token = _in_module.set(True)
+    try:
+        yield
+    finally:
+        _in_module.reset(token)
 
 
 def is_lowrank(x: Any) -> bool:

@@ -14,7 +14,7 @@ from lowrank_optax.axes import Axes
 from lowrank_optax.linen import stock as stock  # registers Flax's own layers
 from lowrank_optax.linen.misfit import LayerError, misfit, refuse_normalized, refused, stacked_misfit
 from lowrank_optax.linen.registry import Layer, declared_axes, find, leaves_of, normalizer
-from lowrank_optax.lowrank import LowRank, is_lowrank
+from lowrank_optax.lowrank import LowRank, arithmetic_refused, is_lowrank
 
 
 @contextlib.contextmanager
@@ -103,7 +103,8 @@ def _intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.Interce
         with _parameters_as_they_are(module, kernels):
             return next_fun(*args, **kwargs)
     try:
-        return next_fun(*args, **kwargs)  # A module may be written for LowRank parameters.
+        with arithmetic_refused() if kernels else contextlib.nullcontext():
+            return next_fun(*args, **kwargs)  # A module may be written for LowRank parameters.
     except Exception as e:
         error = refused(e, module, kernels) or stacked_misfit(e, module, context.method_name, args, kwargs)
         if error is None:

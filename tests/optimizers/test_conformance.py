@@ -271,6 +271,7 @@ def test_init_on_shapes(name):
 # --- ordinary leaves ------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:there is no LowRank kernel")
 @pytest.mark.parametrize("name", INNER)
 def test_ordinary_parameters_get_the_inner_optimizer(name):
     """To the bit, where there is no kernel in the tree: three steps outside jit run the same operations."""

@@ -391,14 +391,37 @@ def test_integer_parameters_fail_in_jax_and_not_later():
         jax.grad(lambda p: jnp.sum(p["dense"]["bias"]))(params)
 
 
-@pytest.mark.parametrize("rank", ["2", True, None])
+@pytest.mark.parametrize("rank", ["2", True])
 def test_ranks_of_another_type(rank):
     with pytest.raises(TypeError, match=r"must be an int or a fraction in \(0, 1\]"):
         lro.factorize({"kernel": jnp.eye(4)}, rank)
 
 
 def test_fractions_of_numpy_are_fractions():
-    assert lro.factorize({"kernel": jnp.eye(4)}, np.float32(0.5))["kernel"].width == 2
+    assert lro.factorize({"kernel": jnp.eye(10)}, np.float32(0.5))["kernel"].width == 5
+
+
+OPTIMIZERS = {
+    "adam": lro.lowrank_adam(1e-3),
+    "chain": optax.chain(optax.clip(1.0), lro.lowrank_muon(1e-3)),
+    "galerkin": lro.galerkin(optax.adam(1e-3)),
+    "multi steps": optax.MultiSteps(lro.lowrank_heavy_ball(1e-3), 2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_parameters_that_nobody_factored_are_warned_of(name):
+    with pytest.warns(UserWarning, match=r"no LowRank kernel .* 1 leaves with two axes .*factorize\(params, rank\)"):
+        OPTIMIZERS[name].init(DENSE)
+
+
+def test_no_warning_where_dense_parameters_are_meant():
+    """No matrix at all, or matrices that a mask hides."""
+    for params in ({}, {"bias": jnp.ones(3)}, {"dense": PARAMS["dense"], "w": jnp.ones((4, 4))}):
+        lro.lowrank_adam(1e-3).init(params)
+    two = {"head": jnp.ones((4, 4)), **PARAMS}
+    parts = {"a": lro.lowrank_adam(1e-3), "b": lro.lowrank_adam(1e-4)}
+    optax.partition(parts, {"head": "b", "dense": "a"}).init(two)
 
 
 def test_factors_of_zeros_are_not_orthonormal():
