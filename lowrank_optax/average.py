@@ -10,6 +10,7 @@ import optax
 
 from lowrank_optax import linalg
 from lowrank_optax import manifold as mf
+from lowrank_optax.boxes import unboxed
 from lowrank_optax.layout import map_kernel
 from lowrank_optax.lowrank import LowRank, is_lowrank
 
@@ -47,7 +48,8 @@ def incremental_update(new: Any, old: Any, step_size: float | jax.Array) -> Any:
             return map_kernel(_mean, b, a, t, width=max(a.width, b.width))
         return optax.incremental_update(a, b, step_size).astype(b.dtype)
 
-    return jax.tree.map(one, new, old, is_leaf=is_lowrank)
+    (new, _), (old, rebox) = map(unboxed, (new, old))
+    return rebox(jax.tree.map(one, new, old, is_leaf=is_lowrank))
 
 
 def _mean(old: LowRank, new: LowRank, t: jax.Array, width: int) -> LowRank:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,6 +51,16 @@ def matrix_shape(shape: tuple[int, ...], axes: Axes) -> tuple[int, int]:
     """The shape (m, n) of a kernel as a matrix."""
     inputs = shape[axes.batch : axes.batch + axes.inputs]
     return math.prod(inputs), math.prod(shape[axes.batch + axes.inputs :])
+
+
+def factor_entries(dense: Sequence[Any], ndim: int, split: Axes) -> tuple[tuple[Any, ...], ...]:
+    """For U, S and V the entries of their axes without the rank, from entries of the `ndim` axes of the kernel.
+
+    Entries are mesh axes or names. Those that are missing at the end are None.
+    """
+    axes = (*dense, *(None,) * (ndim - len(dense)))
+    b, i = split.batch, split.batch + split.inputs
+    return axes[:i], axes[:b], axes[:b] + axes[i:]
 
 
 def least_rank(limit: int) -> int:

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import manifold as mf
+from lowrank_optax.boxes import unboxed, unwrapped
 from lowrank_optax.door import FixedRankState, nodes
 from lowrank_optax.geometry import Info
 from lowrank_optax.guard import SkipNotFiniteState
 from lowrank_optax.layout import map_numbers
 from lowrank_optax.linalg import working_dtype
 from lowrank_optax.lowrank import is_lowrank
-from lowrank_optax.paths import path_name, unwrapped
+from lowrank_optax.paths import path_name
 
 
 def ranks(params: Any) -> dict[str, jax.Array]:
@@ -40,7 +41,7 @@ def ranks(params: Any) -> dict[str, jax.Array]:
     """
     if hasattr(params, "opt_state") and not any(hasattr(params, name) for name in ("model", "params")):
         return {name: info.rank for name, info in diagnostics(params).kernels.items()}
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_lowrank)
+    leaves = jax.tree_util.tree_leaves_with_path(unboxed(params)[0], is_leaf=is_lowrank)
     return {
         path_name(path): map_numbers(mf.rank, W.S.astype(working_dtype(W.S))) for path, W in leaves if is_lowrank(W)
     }

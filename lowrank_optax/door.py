@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.boxes import unboxed, unwrapped
 from lowrank_optax.checks import arrays_of, check_gradients, check_kernels, check_moments, check_state
 from lowrank_optax.geometry import Geometry
 from lowrank_optax.guard import skip_not_finite
 from lowrank_optax.inner import check_inner, treats_leaves_alike
 from lowrank_optax.layout import Layout
 from lowrank_optax.moments import Moments
-from lowrank_optax.paths import unwrapped
+from lowrank_optax.sharding import boxed_state
 
 
 class FixedRankState(NamedTuple):
@@ -75,8 +76,8 @@ class Door:
         return optax.GradientTransformationExtraArgs(guarded(None).init, update)
 
     def init(self, params: Any) -> FixedRankState:
-        """The state before the first step."""
-        params = unwrapped(params)[0]
+        """The state before the first step. Its moments have boxes like the parameters that they mirror."""
+        boxed, params = params, unwrapped(params)[0]
         check_kernels(params, self._geometry)
         params = arrays_of(params)
         layout = Layout(params, self._geometry, self._alike)
@@ -92,12 +93,13 @@ class Door:
             return FixedRankState(state, aux, info, degrees)
 
         if not layout.mesh:
-            return start(params)
+            return boxed_state(start(params), boxed)
         # Compiled, because eager operations in explicit mode would need `jax.set_mesh`.
-        return jax.jit(lambda params: layout.mesh.auto(start, params))(params)
+        return boxed_state(jax.jit(lambda params: layout.mesh.auto(start, params))(params), boxed)
 
     def update(self, make: Make, grads: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> Any:
         """A step of `make(inner, layout)`, a transformation of groups. It gets extra arguments unchanged."""
+        (grads, _), (state, rebox_state), (params, rebox) = map(unboxed, (grads, state, params))
         check_gradients(grads, params)
         layout = Layout(params, self._geometry, self._alike)
         check_state(layout, self._moments, getattr(state, "inner_state", state), self._kind)
@@ -108,7 +110,8 @@ class Door:
             differences, groups = tx.update(layout.weights(grads), groups, layout.weights(params), **extra_args)
             return layout.updates(differences), _map_states(functools.partial(self._scatter, layout), groups, state)
 
-        return layout.mesh.auto(step, grads, state, params, like=(params, state))
+        updates, state = layout.mesh.auto(step, grads, state, params, like=(params, state))
+        return rebox(updates), rebox_state(state)
 
     def _gather(self, layout: Layout, state: FixedRankState) -> FixedRankState:
         inner_state = self._moments.map(lambda copy: layout.gather_copy(copy.tree), state.inner_state)

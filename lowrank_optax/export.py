@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_optax.boxes import unboxed
 from lowrank_optax.lowrank import LowRank, is_lowrank
 from lowrank_optax.paths import path_name
 from lowrank_optax.resize import resize
@@ -70,7 +71,7 @@ def export_lora(folder: Any, params: Any, *, module: Module = _module, base_mode
 
     pairs: dict[str, tuple[jax.Array, jax.Array]] = {}
     left_out = []
-    for path, W in jax.tree_util.tree_leaves_with_path(resize(params)[0], is_leaf=is_lowrank):
+    for path, W in jax.tree_util.tree_leaves_with_path(resize(unboxed(params)[0])[0], is_leaf=is_lowrank):
         if not is_lowrank(W):
             left_out.append(path_name(path))
             continue

@@ -12,6 +12,7 @@ from lowrank_optax import linalg
 from lowrank_optax import manifold as mf
 from lowrank_optax.axes import Axes as Axes
 from lowrank_optax.axes import Rank, Where, check_where, matrix_shape, rank_number, split_axes
+from lowrank_optax.boxes import boxed_dense, boxed_factors, is_box, opened, unboxed
 from lowrank_optax.layout import map_kernel
 from lowrank_optax.lowrank import LowRank, is_lowrank
 from lowrank_optax.paths import path_name, refuse_nnx
@@ -54,7 +55,8 @@ def factorize(
         values leave random initial directions sooner (RESULTS.md, pre-training).
 
     Returns:
-      The tree with `LowRank` nodes, in the dtype of the parameters.
+      The tree with `LowRank` nodes, in the dtype of the parameters. A kernel in a box of Flax (`nn.with_partitioning`,
+      `nn.with_logical_partitioning`) gets a box around each factor, with the names of its axes.
 
     Raises:
       TypeError: for arguments of another type, or unless either `rank` or `budget` is given.
@@ -78,17 +80,18 @@ def factorize(
     seen: list[tuple[str, tuple[int, ...]]] = []
     chosen = 0
 
-    def one(path: Any, leaf: Any) -> Any:
+    def one(path: Any, box: Any) -> Any:
         nonlocal chosen
+        leaf = opened(box)
         if is_lowrank(leaf):
             chosen += 1
-            return leaf
+            return boxed_factors(box, leaf)
         name, shape = path_name(path), tuple(jnp.shape(leaf))
         if len(shape) >= 2:
             seen.append((name, shape))
         axes = split_axes(name, shape, where, rank)
         if axes is None:
-            return leaf
+            return box
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise ValueError(f"{name!r} has dtype {jnp.result_type(leaf)}: only floating kernels are factored")
         chosen += 1
@@ -103,9 +106,9 @@ def factorize(
         if width < r:
             raise ValueError(f"max_rank {width} is below rank {r} for the kernel {name!r}")
         W = truncated_kernel(jnp.asarray(leaf), axes, r, min(width, limit))
-        return LowRank(W.U, (scale * W.S).astype(W.S.dtype), W.V)
+        return boxed_factors(box, LowRank(W.U, (scale * W.S).astype(W.S.dtype), W.V))
 
-    out = jax.tree_util.tree_map_with_path(one, params, is_leaf=is_lowrank)
+    out = jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda x: is_lowrank(x) or is_box(x))
     if seen and not chosen and (where is None or hasattr(where, "reasons")):
         raise ValueError(
             f"no kernel to factor at rank {rank}: factorize takes leaves named 'kernel' with min(m, n) >= rank, "
@@ -145,7 +148,12 @@ def densify(params: Any) -> Any:
       >>> lro.densify({"kernel": lro.factorize(jnp.eye(3), 3)})["kernel"].shape
       (3, 3)
     """
-    return jax.tree.map(lambda x: x.to_dense() if is_lowrank(x) else x, params, is_leaf=is_lowrank)
+
+    def one(x: Any) -> Any:
+        W = unboxed(x)[0]
+        return boxed_dense(x, W.to_dense()) if is_lowrank(W) else x
+
+    return jax.tree.map(one, params, is_leaf=lambda x: is_lowrank(x) or is_box(x))
 
 
 def orthonormalize(params: Any) -> Any:
@@ -166,8 +174,9 @@ def orthonormalize(params: Any) -> Any:
       >>> lro.orthonormalize(W).S.diagonal().tolist()
       [2.0, 2.0]
     """
-
-    return jax.tree.map(lambda W: map_kernel(_orthonormalized, W) if is_lowrank(W) else W, params, is_leaf=is_lowrank)
+    params, rebox = unboxed(params)
+    one = lambda W: map_kernel(_orthonormalized, W) if is_lowrank(W) else W  # noqa: E731
+    return rebox(jax.tree.map(one, params, is_leaf=is_lowrank))
 
 
 def _orthonormalized(W: LowRank) -> LowRank:

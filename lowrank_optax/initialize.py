@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lowrank_optax import linalg
 from lowrank_optax.axes import Axes, Rank, matrix_shape, rank_number
+from lowrank_optax.boxes import boxed_factors, opened
 from lowrank_optax.layout import map_matrices
 from lowrank_optax.lowrank import LowRank
 from lowrank_optax.truncate import factors, with_axes
@@ -31,7 +32,8 @@ def lowrank_init(
     Args:
       rank: int, fraction of `min(m, n)`, or callable of path (here `""`) and shape.
       base_init: dense initialiser that sets the scale; default LeCun normal, the default of `nn.Dense`. Only the
-        norm of its draw is used; under `jit` XLA fuses draw and norm, so the dense kernel is not stored.
+        norm of its draw is used; under `jit` XLA fuses draw and norm, so the dense kernel is not stored. If it puts the
+        draw in a box, `nn.with_partitioning(init, names)`, each factor gets a box with the names of its axes.
       max_rank: width of the factors, default `rank`.
       axes: split of the axes of the kernel; default: two axes are (in, out), more are a convolution's
         (everything but the last axis is input).
@@ -62,10 +64,11 @@ def lowrank_init(
             )
         work, batch = linalg.working_dtype(jnp.empty((), dtype)), shape[: split.batch]
         base_key, u_key, v_key = jax.random.split(key, 3)
-        dense = base(base_key, shape, work).reshape(*batch, 1, -1)
+        drawn: Any = base(base_key, shape, work)
+        dense = opened(drawn).reshape(*batch, 1, -1)
         a, b = (jax.random.normal(k, (*batch, size, width), work) for k, size in ((u_key, m), (v_key, n)))
         W = map_matrices(_product_of_norm, a, b, map_matrices(linalg.norm, dense), rank=r)
-        return with_axes(W, shape, split).astype(dtype)
+        return boxed_factors(drawn, with_axes(W, shape, split).astype(dtype))
 
     return init
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,21 +26,6 @@ def path_name(path: Any) -> str:
 def is_wrapper(x: Any) -> bool:
     """Whether x is a variable of nnx, which wraps a value."""
     return hasattr(x, "get_raw_value")
-
-
-def unwrapped(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """The tree with values in the place of nnx variables, and a function that wraps new values likewise."""
-    treedef: Any
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_wrapper)
-    if not any(map(is_wrapper, leaves)):
-        return tree, lambda new: new
-    values = [x.get_raw_value() if is_wrapper(x) else x for x in leaves]
-
-    def wrap(new: Any) -> Any:
-        parts = treedef.flatten_up_to(new)
-        return treedef.unflatten([x.copy(y) if is_wrapper(x) else y for x, y in zip(leaves, parts, strict=True)])
-
-    return treedef.unflatten(values), wrap
 
 
 def refuse_nnx(params: Any, call: str, instead: str) -> None:

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from lowrank_optax import linalg
 from lowrank_optax import manifold as mf
 from lowrank_optax.axes import Rank, rank_number
+from lowrank_optax.boxes import unboxed, unwrapped
 from lowrank_optax.checks import check_orthonormal
 from lowrank_optax.diagnostics import ranks
 from lowrank_optax.door import FixedRankState, nodes
 from lowrank_optax.geometry import Info, geometry_of, is_coordinates
 from lowrank_optax.layout import map_kernel, map_numbers
 from lowrank_optax.lowrank import LowRank, flatten, is_lowrank
-from lowrank_optax.paths import path_name, unwrapped
+from lowrank_optax.paths import path_name
 from lowrank_optax.rank import relative_tail
 
 
@@ -206,7 +207,7 @@ def buckets(params: Any, size: int = 8, *, max_rank: Rank | None = None) -> Call
       >>> params["kernel"].width
       16
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_lowrank)
+    leaves = jax.tree_util.tree_leaves_with_path(unboxed(params)[0], is_leaf=is_lowrank)
     kernels = {path_name(path): W for path, W in leaves if is_lowrank(W)}
     active = {name: max(1, int(jnp.max(rank))) for name, rank in ranks(params).items()}
 

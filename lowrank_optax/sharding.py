@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lowrank_optax.axes import Axes
+from lowrank_optax.axes import Axes, factor_entries
+from lowrank_optax.boxes import closed, is_box, named, names_of, refuse_unfactored_boxes, unboxed
 from lowrank_optax.geometry import Coefficients, Pair, TangentVector
 from lowrank_optax.lowrank import LowRank, is_lowrank
 from lowrank_optax.paths import path_name
@@ -52,7 +53,7 @@ def partition_specs(params: Any, dense: Rule | Any) -> Any:
       >>> specs["up"]["kernel"]
       LowRank(U=P('fsdp',), S=P(), V=P('tensor',))
     """
-    paths, nodes, treedef = _flatten(params)
+    paths, nodes, treedef = _flatten(unboxed(params)[0])
     names = [path_name(path) for path in paths]
     if callable(dense):
         given = [dense(name, tuple(jnp.shape(x))) for name, x in zip(names, nodes, strict=True)]
@@ -94,26 +95,69 @@ def state_specs(state: Any, params: Any, specs: Any) -> Any:
       >>> optax.tree.get(lro.state_specs(state, params, specs), "mu")["kernel"].B
       P('tensor',)
     """
-    paths, nodes, treedef = _flatten(params)
-    leaves = zip(nodes, treedef.flatten_up_to(specs), strict=True)
-    owners = {_key(path): leaf for path, leaf in zip(paths, leaves, strict=True)}
+    paths, nodes, treedef = _flatten(unboxed(params)[0])
+    rows = zip(paths, nodes, treedef.flatten_up_to(specs), strict=True)
+    owners = {_key(path): (p, spec, None) for path, p, spec in rows}
+    return _map_mirrors(lambda x, spec, _: spec, unboxed(state)[0], owners)
+
+
+def boxed_state(state: Any, params: Any) -> Any:
+    """An optimizer state whose leaves have boxes like those of the parameters that they mirror.
+
+    The box of a moment of a factored kernel names its axes; where none has a name there is no box.
+
+    Args:
+      state: a state without boxes.
+      params: parameters in boxes; others leave the state as it is.
+    """
+    if not any(map(is_box, jax.tree.leaves(params, is_leaf=is_box))):
+        return state
+    refuse_unfactored_boxes(params)
+
+    def one(x: Any, spec: PartitionSpec, box: Any) -> Any:
+        if not is_lowrank(box):
+            return closed(box, x)
+        names = tuple(_one_name(entry) if hasattr(box.U, "rules") else entry for entry in spec)
+        return named(box.U, (*names, *(None,) * (jnp.ndim(x) - len(names))), x) if names else x
+
+    leaves = jax.tree.leaves_with_path(params, is_leaf=lambda x: is_lowrank(x) or is_box(x))
+    owners = {_key(path): (unboxed(x)[0], _names_as_specs(x), x) for path, x in leaves if jax.tree.leaves(x)}
+    return _map_mirrors(one, state, owners)
+
+
+def _names_as_specs(x: Any) -> Any:
+    return jax.tree.map(lambda y: _short(names_of(y)), x, is_leaf=is_box)
+
+
+def _one_name(entry: Any) -> Any:
+    """The first of several logical names that one axis of a moment joins; rules map one name."""
+    return entry[0] if isinstance(entry, tuple) else entry
+
+
+def _map_mirrors(f: Callable[..., Any], state: Any, owners: dict[tuple[str, ...], Any]) -> Any:
+    """The state with `f(x, spec, box)` in the place of each array x.
+
+    `owners` has by path every parameter or kernel, its specs and its box or boxed factors. `spec` is that of x, and
+    `box` that of the parameter which x mirrors, None if it mirrors none.
+    """
 
     def owner(key: tuple[str, ...]) -> Any:
         """The parameter whose path is the longest end of `key`."""
-        return next((owners[key[i:]] for i in range(len(key) + 1) if key[i:] in owners), (None, None))
+        return next((owners[key[i:]] for i in range(len(key) + 1) if key[i:] in owners), (None, None, None))
 
     def one(path: Any, x: Any) -> Any:
         key = _key(path)
-        p, spec = owner(key)
+        p, spec, box = owner(key)
         if p is not None and not is_lowrank(p) and jnp.shape(x) == jnp.shape(p):
-            return spec
-        W, factors = owner(key[:-1])
+            return f(x, spec, box)
+        W, factors, boxes = owner(key[:-1])
         if not is_lowrank(W):  # a rank, whose path is the path of its kernel
-            return _of_batch(x, p, spec) if is_lowrank(p) else PartitionSpec()
+            return f(x, _of_batch(x, p, spec), box) if is_lowrank(p) else f(x, PartitionSpec(), None)
         factor = _MIRRORS.get(key[-1]) if key else None
         if factor is None:  # a field of the diagnostics of a kernel
-            return _of_batch(x, W, factors)
-        return _factor_mirror(x, getattr(W, factor), getattr(factors, factor), len(W.batch_shape))
+            return f(x, _of_batch(x, W, factors), boxes)
+        mirrored = _factor_mirror(x, getattr(W, factor), getattr(factors, factor), len(W.batch_shape))
+        return f(x, mirrored, boxes)
 
     return jax.tree_util.tree_map_with_path(one, state)
 
@@ -141,10 +185,7 @@ def _spec(name: str, x: Any, dense: Any) -> Any:
 
 def factor_specs(dense: PartitionSpec, ndim: int, split: Axes) -> LowRank:
     """The specs of the factors of a kernel of `ndim` axes."""
-    axes = (*dense, *(None,) * (ndim - len(dense)))
-    b, i = split.batch, split.batch + split.inputs
-    factors: Any = (axes[:i], axes[:b], axes[:b] + axes[i:])
-    return LowRank(*map(_short, factors))
+    return LowRank(*map(_short, factor_entries(dense, ndim, split)))  # type: ignore[arg-type]
 
 
 def _short(axes: tuple[Any, ...]) -> Any:

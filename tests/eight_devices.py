@@ -380,6 +380,8 @@ def test_guide():
         exec(compile(block, f"docs/distributed.md block {i}", "exec"), namespace)
     assert namespace["losses"][-1] < 0.5 * namespace["losses"][0]
     assert_lies_as(namespace["state"], namespace["shardings"])
+    assert_lies_as(nn.unbox(namespace["named_state"]), namespace["named_shardings"])
+    np.testing.assert_allclose(namespace["value"], namespace["losses"][-1], rtol=1e-4)  # the same run, with boxes
     assert str(jax.typeof(namespace["updates"]["kernel"].U)) == "float32[32@fsdp,8]"
     assert namespace["net"].layers[0].kernel[...].V.sharding.spec == P("tensor")
     for x in jax.tree.leaves(jax.device_get(namespace["replicas"])):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_optax.boxes import opened
 from lowrank_optax.checkpoint.fingerprint import Description, dtype_name, is_python, leaf_name
 from lowrank_optax.geometry.base import is_coordinates, registered_coordinates
 from lowrank_optax.lowrank import LowRank
@@ -64,9 +65,7 @@ def nodes_of(tree: Any) -> list[Node]:
     found: list[Node] = []
     for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_node):
         name, parts, kind = leaf_name(path), tuple(path_name(path).split("/")), type(x) if _is_node(x) else None
-        start = f"{name}/" if name else ""
-        fields = {name: x} if kind is None else {start + field: getattr(x, field) for field in width_axes(kind)}
-        found.append(Node(name, parts, kind, fields))
+        found.append(Node(name, parts, kind, {name: x} if kind is None else _fields(name, x)))
     ends = {node.parts[-1] for node in found if node.is_kernel}
     groups: dict[tuple[str, ...], dict[str, Node]] = {}
     for node in found:
@@ -85,7 +84,16 @@ def nodes_of(tree: Any) -> list[Node]:
 
 def _is_node(x: Any) -> bool:
     is_kind = isinstance(x, LowRank) or is_coordinates(x)
-    return is_kind and all(hasattr(getattr(x, field), "ndim") for field in width_axes(type(x)))
+    return is_kind and all(hasattr(opened(getattr(x, field)), "ndim") for field in width_axes(type(x)))
+
+
+def _fields(name: str, node: Any) -> dict[str, Any]:
+    """The leaves of a kernel or moment by name; a leaf in a box of Flax has the name of its value."""
+    return {
+        "/".join(filter(None, (name, field, leaf_name(path)))): x
+        for field in width_axes(type(node))
+        for path, x in jax.tree_util.tree_leaves_with_path(getattr(node, field))
+    }
 
 
 def owners(node: Node, kernels: list[Node]) -> list[Node]:

@@ -228,9 +228,19 @@ def rebuild(tree: Any) -> Any:
     """
 
     def is_node(x: Any) -> bool:
-        return isinstance(x, dict) and set(x) == {"U", "S", "V"} and not any(map(_is_container, x.values()))
+        if not isinstance(x, dict) or set(x) != {"U", "S", "V"}:
+            return False
+        return not any(map(_is_container, map(_without_box, x.values())))
 
-    return jax.tree.map(lambda x: LowRank(**x) if is_node(x) else x, tree, is_leaf=is_node)
+    def node(x: Any) -> Any:
+        return LowRank(**{name: _without_box(y) for name, y in x.items()}) if is_node(x) else x
+
+    return jax.tree.map(node, tree, is_leaf=is_node)
+
+
+def _without_box(x: Any) -> Any:
+    """The value in a dict that was a box of Flax around a factor."""
+    return x["value"] if isinstance(x, dict) and set(x) == {"value"} else x
 
 
 def _is_container(x: Any) -> bool:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.axes import Rank
+from lowrank_optax.boxes import unboxed
 from lowrank_optax.initialize import lowrank_init
 from lowrank_optax.linen.stock import detach, forward, kernel_axes
 
@@ -28,7 +29,7 @@ class _LowRankLayer(nn.Module):
     @nn.compact
     def __call__(self, inputs: Any) -> jax.Array:
         layer: Any = detach(self.stock, self, kernel_init=nn.initializers.zeros)
-        shapes = jax.eval_shape(layer.init, jax.random.key(0), inputs)["params"]
+        shapes = unboxed(jax.eval_shape(layer.init, jax.random.key(0), inputs)["params"])[0]
         own: Any = self
         init = lowrank_init(own.rank, self._base_init, max_rank=own.max_rank, axes=kernel_axes(layer))
         kernel = self.param("kernel", init, shapes["kernel"].shape, own.param_dtype)
@@ -46,7 +47,8 @@ class LowRankDense(_LowRankLayer):
       rank: int, fraction of `min(in, features)`, or callable of path and shape.
       max_rank: width of the factors, default `rank`.
       use_bias, dtype, param_dtype, precision, bias_init: as in `nn.Dense`.
-      kernel_init: dense initialiser that sets the scale of the kernel.
+      kernel_init: dense initialiser that sets the scale of the kernel; `nn.with_partitioning` around it names the axes
+        of the factors.
 
     Raises:
       ValueError: on init, if the rank exceeds `min(in, features)`.

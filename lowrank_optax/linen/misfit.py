@@ -11,6 +11,7 @@ from flax import errors
 
 from lowrank_optax import lowrank
 from lowrank_optax.axes import Axes
+from lowrank_optax.boxes import unboxed
 from lowrank_optax.linen.where import declarations
 from lowrank_optax.lowrank import LowRank, is_lowrank
 from lowrank_optax.paths import path_name
@@ -96,9 +97,9 @@ def stacked_misfit(error: Exception, module: Any, method: str, args: Any, kwargs
     """
     sliced = isinstance(error, SlicedError)
     known = isinstance(error, LayerError) and not sliced
-    if known or module.scope is None or not isinstance(error, TypeError | ValueError):
-        return None
-    params = module.scope.variables().get("params", {})
+    if known or module.scope is None or not isinstance(error, TypeError | ValueError | AssertionError):
+        return None  # An AssertionError comes from boxes whose first name is not that of the stack.
+    params = unboxed(module.scope.variables().get("params", {}))[0]
     leaves = jax.tree.leaves_with_path(params, is_leaf=is_lowrank)
     suspects = {path_name(path): W for path, W in leaves if is_lowrank(W) and (sliced or _no_common_first_axis(W))}
     if not suspects:
@@ -107,7 +108,9 @@ def stacked_misfit(error: Exception, module: Any, method: str, args: Any, kwargs
     def run() -> Any:
         unbound, variables = module.unbind()
         dense = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype) if is_lowrank(x) else x, dict(variables), is_leaf=is_lowrank
+            lambda x: jnp.zeros(x.shape, x.dtype) if is_lowrank(x) else x,
+            unboxed(dict(variables))[0],
+            is_leaf=is_lowrank,
         )
         rngs = {name: jax.random.key(0) for name in module.scope.rngs}
         return unbound.apply(dense, *args, method=method, rngs=rngs, mutable=True, **kwargs)

@@ -11,6 +11,7 @@ import flax.linen as nn
 from flax.core import meta
 
 from lowrank_optax.axes import Axes
+from lowrank_optax.boxes import opened
 from lowrank_optax.linen import stock as stock  # registers Flax's own layers
 from lowrank_optax.linen.misfit import LayerError, misfit, refuse_normalized, refused, stacked_misfit
 from lowrank_optax.linen.registry import Layer, declared_axes, find, leaves_of, normalizer
@@ -117,11 +118,16 @@ def _own_parameters(module: Any) -> dict[str, Any]:
     if module.scope is None:
         return {}
     params = module.scope.variables().get("params", {})
-    # The content of each box, because Partitioned.unbox would constrain each factor by the names of the dense axes.
-    return {
-        name: getattr(leaf, "value", leaf) if isinstance(leaf, meta.AxisMetadata) else leaf
-        for name, leaf in params.items()
-    }
+    return {name: _fetched(leaf) for name, leaf in params.items()}
+
+
+def _fetched(leaf: Any) -> Any:
+    """The factors of a kernel out of their boxes, which constrain them to their names as Flax constrains parameters.
+
+    A box around the whole kernel has the names of the dense axes, which would be wrong constraints of the factors.
+    """
+    value = opened(leaf)
+    return meta.unbox(value) if is_lowrank(value) else leaf
 
 
 def _checked(layer: Layer, module: Any, own: dict[str, Any], args: Any, kwargs: Any) -> list[Any]:

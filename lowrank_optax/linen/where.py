@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from lowrank_optax.axes import Axes
+from lowrank_optax.boxes import unboxed
 from lowrank_optax.linen.registry import declared_axes, find, leaves_of, normalizer
 from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.paths import path_name
@@ -131,7 +132,7 @@ def kernels(model: nn.Module, *args: Any, **kwargs: Any) -> Kernels:
     reasons: dict[str, str] = {}
     layers: list[str] = []
     chosen = 0
-    for path, leaf in jax.tree.leaves_with_path(variables.get("params", {}), is_leaf=is_lowrank):
+    for path, leaf in jax.tree.leaves_with_path(unboxed(variables.get("params", {}))[0], is_leaf=is_lowrank):
         name, shape = path_name(path), tuple(leaf.shape)
         chosen += is_lowrank(leaf)  # of a layer that is low-rank from the start
         if len(shape) < 2 or is_lowrank(leaf):
