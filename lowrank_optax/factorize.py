@@ -119,7 +119,7 @@ def factorize(
 
 def _at_budget(params: Any, budget: float, where: Where | None) -> tuple[Rank, Where]:
     """The ranks that `factorize` gives to kernels for a share of the parameters, and the kernels that it takes."""
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_lowrank)
+    leaves = jax.tree_util.tree_leaves_with_path(unboxed(params)[0], is_leaf=is_lowrank)
     kernels: Kernels = {}
     dense = fixed = 0
     for path, leaf in leaves:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_optax.boxes import unboxed
 from lowrank_optax.diagnostics import ranks
 from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.paths import path_name
@@ -140,6 +141,7 @@ def _parameters(params: Any, where: Any) -> tuple[list[tuple[str, Any]], Callabl
 
         found = kernels(params)
         return counted(params), lambda name: found.reasons.get(name, "not chosen by its rank or by `where`")
+    params = unboxed(params)[0]
     leaves = [(path_name(p), x) for p, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_lowrank)]
     reasons: Mapping[str, str] = getattr(where, "reasons", {})
 

@@ -178,3 +178,14 @@ def test_a_fraction_gives_rank_four_at_least(limit: int, fraction: float, rank: 
     model = nnx.Linear(120, limit, rngs=nnx.Rngs(0))
     lro.nnx.factorize(model, fraction)
     assert int(lro.ranks(model)["kernel"]) == rank
+
+
+def test_boxes_change_no_number_of_a_summary() -> None:
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+    x = jnp.zeros((1, 48))
+    boxed, plain = (
+        jax.eval_shape(nn.Sequential([nn.Dense(96, kernel_init=k), nn.Dense(8)]).init, jax.random.key(0), x)["params"]
+        for k in (init, nn.initializers.lecun_normal())
+    )
+    tables = [lro.summary(jax.eval_shape(lambda p: lro.factorize(p, budget=0.5), p)) for p in (boxed, plain)]
+    assert tables[0] == tables[1] and tables[0].share <= 0.5
