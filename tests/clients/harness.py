@@ -30,7 +30,8 @@ import jax
 from flax import nnx
 
 import lowrank_optax as lro
-from lowrank_optax.paths import path_name, unwrapped
+from lowrank_optax.boxes import unwrapped
+from lowrank_optax.paths import path_name
 from tests.jaxprs import traced
 
 STEPS = 20

@@ -23,10 +23,13 @@ from tests.clients import (
     t5x,
 )
 
-FAST = [nanodo, gemma_nnx]
-SLOW = [lm1b, big_vision, t5x, gemma_linen, hf_gpt2, llama_nnx, resnet]
+FAST = [nanodo]
+SLOW = [lm1b, gemma_nnx, big_vision, t5x, gemma_linen, hf_gpt2, llama_nnx, resnet]
 ROWS = [*FAST, *(pytest.param(client, marks=pytest.mark.slow) for client in SLOW)]
-pytestmark = pytest.mark.usefixtures("settings_of_a_user")  # Other people's code promotes ranks and knows float32.
+pytestmark = [
+    pytest.mark.usefixtures("settings_of_a_user"),  # Other people's code promotes ranks and knows float32.
+    pytest.mark.filterwarnings("ignore:there is no LowRank kernel"),  # The dense client has the same optimizer.
+]
 
 
 @pytest.fixture(scope="module", params=ROWS, ids=lambda client: client.__name__.rpartition(".")[2])

@@ -106,6 +106,7 @@ def test_a_galerkin_loop_trains_beside_ordinary_leaves(tmp_path: Path, book: Pat
     assert {r["rank"] for r in rows if "rank" in r} == {4.0}
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_resume_continues_to_the_bit(
     tmp_path: Path,
     book: Path,

@@ -89,6 +89,7 @@ def test_twice_n_steps_are_n_and_n(kind: str, straight: Callable[[str], pathlib.
     assert (len(ranks) == 1) == (kind == "fixed")
 
 
+@pytest.mark.slow
 def test_widths_follow_ranks_and_compile_once_for_each(straight: Callable[[str], pathlib.Path]) -> None:
     out = straight("resized")
     parameters = [record["parameters"] for record in records(out) if "parameters" in record]
@@ -98,7 +99,8 @@ def test_widths_follow_ranks_and_compile_once_for_each(straight: Callable[[str],
     assert checkpoint(out).tree["params"]["kernel"].size == parameters[-1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves(
     number: signal.Signals,
     straight: Callable[[str], pathlib.Path],

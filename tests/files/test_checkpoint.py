@@ -137,7 +137,8 @@ def test_without_a_target_kernels_are_rebuilt(manager: ocp.CheckpointManager) ->
     assert lro.checkpoint.rebuild({"a": modules}) == {"a": modules}
 
 
-@pytest.mark.parametrize("width", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [5, 1])
 def test_another_width(width: int, manager: ocp.CheckpointManager) -> None:
     """Saved at width 3, wanted at another: the target has the new one already."""
     tx = lro.lowrank_adam(0.02, geometry=lro.Tangent())  # which truncates

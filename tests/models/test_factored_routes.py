@@ -319,6 +319,7 @@ class Wide(nn.Module):
         return Conv1D(128, name="d")(x.reshape(-1, 128))
 
 
+@pytest.mark.slow
 def test_training_by_a_step_that_calls_model_apply_compiles_once_and_makes_no_array_of_the_size_of_a_kernel() -> None:
     model, x = Wide(), draw((2, 128))
     params = model.init(jax.random.key(0), x)["params"]
@@ -385,6 +386,7 @@ def test_a_subclass_and_a_layer_registered_again() -> None:
             close(model.apply({"params": params}, x), factor * (x @ params["kernel"].to_dense()))
 
 
+@pytest.mark.slow
 def test_an_optimizer_step_on_parameters_of_own_layers() -> None:
     model, x = Net(), draw(INPUTS)
     params = lro.factorize(model.init(jax.random.key(0), x)["params"], 2, where=lro.linen.kernels(model, x))

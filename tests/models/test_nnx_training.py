@@ -43,8 +43,12 @@ def trained(tx: Any, steps: int = 2, build: Any = Net, shape: Any = (4, 6, 5)) -
     return model, optimizer, step, losses
 
 
+# One of each kind: what the others compute is tested in test_nnx_factorize.py.
+TRAINED = ["linear", "general, batch", "conv", "einsum, experts", "lora", "lstm", "vmapped attention"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_layer_trains_and_compiles_once_and_goes_on_after_resize(name: str) -> None:
     build, shape, axes = LAYERS[name]
     model, optimizer, step, losses = trained(lro.lowrank_adam(0.01), 20, build, shape)
@@ -68,6 +72,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_ranks_and_diagnostics_read_models_optimizers_and_states(wrapper: str) -> None:
     model, optimizer, _, _ = trained(WRAPPERS[wrapper](lro.lowrank_adam(0.01, geometry=lro.Tangent())))
@@ -97,6 +102,7 @@ def test_ranks_and_diagnostics_read_models_optimizers_and_states(wrapper: str) -
         )
 
 
+@pytest.mark.slow
 def test_diagnostics_of_a_geometry_that_never_truncates_and_of_no_state_of_ours() -> None:
     _, optimizer, _, _ = trained(lro.lowrank_adam(0.01))
     assert lro.diagnostics(nnx.state(optimizer)).kernels["mix/kernel"].truncation is None
@@ -156,6 +162,7 @@ ACCUMULATE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ACCUMULATE)
 def test_a_step_with_accumulated_gradients_is_the_step_with_their_mean(name: str) -> None:
     tx = lro.lowrank_heavy_ball(0.1)
@@ -170,6 +177,7 @@ def test_a_step_with_accumulated_gradients_is_the_step_with_their_mean(name: str
     close(*(nnx.to_pure_dict(nnx.state(model)) for model in models), 1e-6)
 
 
+@pytest.mark.slow
 def test_multi_steps_move_as_one_step_with_the_mean() -> None:
     models = Net(nnx.Rngs(0)), Net(nnx.Rngs(0))
     for model in models:
@@ -190,6 +198,7 @@ COPIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COPIES)
 def test_states_with_copies_of_kernels_train_and_resize(name: str) -> None:
     model = Net(nnx.Rngs(0))
