@@ -63,6 +63,14 @@ def factor_entries(dense: Sequence[Any], ndim: int, split: Axes) -> tuple[tuple[
     return axes[:i], axes[:b], axes[:b] + axes[i:]
 
 
+def in_stack(axes: Axes, own: tuple[int, ...], shape: tuple[int, ...]) -> Axes | str:
+    """The split of a whole kernel that stacks kernels of shape `own`, split by `axes`, or why there is none."""
+    stacked = len(shape) - len(own)
+    if stacked < 0 or tuple(shape[stacked:]) != own:
+        return f"its layers, of shape {own}, are stacked along another axis than the first"
+    return Axes(stacked + axes.batch, axes.inputs)
+
+
 def least_rank(limit: int) -> int:
     """The least rank that a fraction or a budget gives a kernel with `min(m, n) = limit`.
 

@@ -2,9 +2,9 @@ r"""Boxes: what Flax linen wraps around a parameter to name its axes, and the na
 
 `nn.with_partitioning` and `nn.with_logical_partitioning` put a parameter in a box, and `nn.get_partition_spec` reads
 the names off it. A kernel :math:`W = U S V^\top` in a tree of boxes has a box around each factor: the axes of U keep
-the names of the inputs, those of V the names of the outputs, and the rank axis has no name.
+the names of the inputs, the axes of V the names of the outputs, and the rank axis has no name.
 
-A box is known by its method `replace_boxed`, that of `flax.core.meta.AxisMetadata`; nothing here imports Flax.
+A box is known by the method `replace_boxed` of `flax.core.meta.AxisMetadata`; nothing here imports Flax.
 """
 
 from __future__ import annotations

@@ -92,10 +92,9 @@ class Door:
             aux, info = (layout.scatter_kernels(start[i] for start in starts) for i in (0, 1))
             return FixedRankState(state, aux, info, degrees)
 
-        if not layout.mesh:
-            return boxed_state(start(params), boxed)
-        # Compiled, because eager operations in explicit mode would need `jax.set_mesh`.
-        return boxed_state(jax.jit(lambda params: layout.mesh.auto(start, params))(params), boxed)
+        if layout.mesh:  # Compiled, because eager operations in explicit mode would need `jax.set_mesh`.
+            start = jax.jit(functools.partial(layout.mesh.auto, start))
+        return boxed_state(start(params), boxed)
 
     def update(self, make: Make, grads: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> Any:
         """A step of `make(inner, layout)`, a transformation of groups. It gets extra arguments unchanged."""

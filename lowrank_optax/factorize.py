@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from lowrank_optax.layout import map_kernel
 from lowrank_optax.lowrank import LowRank, is_lowrank
 from lowrank_optax.paths import path_name, refuse_nnx
 from lowrank_optax.rank import check_number
-from lowrank_optax.share import Kernels, check_rank_or_budget, ranks_for_share
+from lowrank_optax.share import at_budget, check_rank_or_budget
 from lowrank_optax.truncate import truncated_kernel
 
 
@@ -76,7 +75,9 @@ def factorize(
     check_number("scale", scale)
     check_rank_or_budget(rank, budget, max_rank)
     if rank is None:
-        rank, where = _at_budget(params, float(budget or 0.0), where)
+        leaves = jax.tree_util.tree_leaves_with_path(unboxed(params)[0], is_leaf=is_lowrank)
+        parameters = {path_name(path): x for path, x in leaves}
+        rank, where = at_budget(float(budget or 0.0), parameters, _kernel_axes(parameters, where))
     seen: list[tuple[str, tuple[int, ...]]] = []
     chosen = 0
 
@@ -117,21 +118,11 @@ def factorize(
     return out
 
 
-def _at_budget(params: Any, budget: float, where: Where | None) -> tuple[Rank, Where]:
-    """The ranks that `factorize` gives to kernels for a share of the parameters, and the kernels that it takes."""
-    leaves = jax.tree_util.tree_leaves_with_path(unboxed(params)[0], is_leaf=is_lowrank)
-    kernels: Kernels = {}
-    dense = fixed = 0
-    for path, leaf in leaves:
-        name, shape = path_name(path), tuple(leaf.shape if is_lowrank(leaf) else jnp.shape(leaf))
-        dense += math.prod(shape)
-        axes = None if is_lowrank(leaf) else split_axes(name, shape, where, rank=1)
-        if axes is None:
-            fixed += sum(x.size for x in jax.tree.leaves(leaf))
-        else:
-            kernels[name] = shape, axes
-    ranks = ranks_for_share(budget, kernels, dense, fixed)
-    return lambda name, shape: ranks[name], lambda name, shape: kernels[name][1] if name in ranks else False
+def _kernel_axes(parameters: dict[str, Any], where: Where | None) -> dict[str, Axes]:
+    """The split of every dense kernel that `factorize` takes at rank 1."""
+    dense = {name: tuple(jnp.shape(x)) for name, x in parameters.items() if not is_lowrank(x)}
+    found = {name: split_axes(name, shape, where, rank=1) for name, shape in dense.items()}
+    return {name: axes for name, axes in found.items() if axes is not None}
 
 
 def densify(params: Any) -> Any:

@@ -165,7 +165,7 @@ class LowRank:
         return self if type(other) is int and other == 0 else self._refuse()
 
     def __sub__(self, other: Any) -> LowRank:
-        """The difference of two gradients, leaf by leaf; not that of two kernels."""
+        """The difference of two gradients, leaf by leaf; not the difference of two kernels."""
         return self._leaf_by_leaf(operator.sub, other)
 
     def __mul__(self, scalar: Any) -> LowRank:

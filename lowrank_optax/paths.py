@@ -28,6 +28,12 @@ def is_wrapper(x: Any) -> bool:
     return hasattr(x, "get_raw_value")
 
 
+def listed(lines: list[str]) -> str:
+    """The first twelve lines of a message, and the number of the others."""
+    more = [f"  and {len(lines) - 12} more"] if len(lines) > 12 else []
+    return "\n".join([*lines[:12], *more] or ["  none"])
+
+
 def refuse_nnx(params: Any, call: str, instead: str) -> None:
     """Raises TypeError for an nnx module, optimizer, or state of variables, where layers must change with parameters.
 

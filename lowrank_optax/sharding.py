@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from lowrank_optax.axes import Axes, factor_entries
 from lowrank_optax.boxes import closed, is_box, named, names_of, refuse_unfactored_boxes, unboxed
-from lowrank_optax.geometry import Coefficients, Pair, TangentVector
+from lowrank_optax.geometry.base import registered_coordinates
 from lowrank_optax.lowrank import LowRank, is_lowrank
 from lowrank_optax.paths import path_name
 
@@ -102,7 +102,7 @@ def state_specs(state: Any, params: Any, specs: Any) -> Any:
 
 
 def boxed_state(state: Any, params: Any) -> Any:
-    """An optimizer state whose leaves have boxes like those of the parameters that they mirror.
+    """An optimizer state whose leaves have the boxes of the parameters that they mirror.
 
     The box of a moment of a factored kernel names its axes; where none has a name there is no box.
 
@@ -137,9 +137,11 @@ def _one_name(entry: Any) -> Any:
 def _map_mirrors(f: Callable[..., Any], state: Any, owners: dict[tuple[str, ...], Any]) -> Any:
     """The state with `f(x, spec, box)` in the place of each array x.
 
-    `owners` has by path every parameter or kernel, its specs and its box or boxed factors. `spec` is that of x, and
-    `box` that of the parameter which x mirrors, None if it mirrors none.
+    `owners` has by path every parameter or kernel, its specs and its box or boxed factors. `spec` is the spec of x, and
+    `box` the box of the parameter which x mirrors, None if it mirrors none.
     """
+
+    mirrors = _mirrors()
 
     def owner(key: tuple[str, ...]) -> Any:
         """The parameter whose path is the longest end of `key`."""
@@ -153,7 +155,7 @@ def _map_mirrors(f: Callable[..., Any], state: Any, owners: dict[tuple[str, ...]
         W, factors, boxes = owner(key[:-1])
         if not is_lowrank(W):  # a rank, whose path is the path of its kernel
             return f(x, _of_batch(x, p, spec), box) if is_lowrank(p) else f(x, PartitionSpec(), None)
-        factor = _MIRRORS.get(key[-1]) if key else None
+        factor = mirrors.get(key[-1]) if key else None
         if factor is None:  # a field of the diagnostics of a kernel
             return f(x, _of_batch(x, W, factors), boxes)
         mirrored = _factor_mirror(x, getattr(W, factor), getattr(factors, factor), len(W.batch_shape))
@@ -195,13 +197,10 @@ def _short(axes: tuple[Any, ...]) -> Any:
     return PartitionSpec(*axes)
 
 
-# The factor that a field of a node mirrors. By name and not by class, because `nnx.state` keeps the names only.
-_MIRRORS = {
-    **{name: name for name in LowRank.__dataclass_fields__},
-    **dict(zip(Pair._fields, "UV", strict=True)),
-    **dict(zip(TangentVector._fields, "USV", strict=True)),
-    **{name: "S" for name in Coefficients.__dataclass_fields__ if name != "shape"},
-}
+def _mirrors() -> dict[str, str]:
+    """The factor that a field of a node mirrors. By name and not by class: `nnx.state` keeps only the names."""
+    nodes = [dict(zip("USV", "USV", strict=True)), *(kind.mirrors for kind in registered_coordinates().values())]
+    return {field: factor for node in nodes for field, factor in node.items()}
 
 
 def _of_batch(x: Any, W: LowRank, spec: Any) -> PartitionSpec:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from lowrank_optax.axes import Axes, least_rank, matrix_shape
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax.axes import Axes, Rank, Where, least_rank, matrix_shape
+from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.rank import check_number
 
 Kernels = dict[str, tuple[tuple[int, ...], Axes]]  # by path, the dense shape and its split
@@ -24,6 +29,22 @@ def check_rank_or_budget(rank: object, budget: object, max_rank: object) -> None
         raise ValueError(f"budget is a share of the model's parameters in (0, 1), got {budget}")
 
 
+def at_budget(budget: float, parameters: dict[str, Any], axes: dict[str, Axes]) -> tuple[Rank, Where]:
+    """The arguments `rank` and `where` of `factorize` that leave a share of the parameters.
+
+    Args:
+      budget: the share.
+      parameters: by path, all parameters of the model, arrays or `LowRank` nodes.
+      axes: by path, the split of every dense kernel that may be factored.
+    """
+    shapes = {name: tuple(x.shape if is_lowrank(x) else jnp.shape(x)) for name, x in parameters.items()}
+    kernels: Kernels = {name: (shapes[name], split) for name, split in axes.items()}
+    dense = sum(map(math.prod, shapes.values()))
+    fixed = sum(y.size for name, x in parameters.items() if name not in axes for y in jax.tree.leaves(x))
+    ranks = ranks_for_share(budget, kernels, dense, fixed)
+    return lambda name, shape: ranks[name], lambda name, shape: axes[name] if name in ranks else False
+
+
 def factored_size(m: int, n: int, rank: int) -> int:
     """The number of parameters in U, S and V of a kernel m x n."""
     return rank * (m + n + rank)
@@ -40,7 +61,7 @@ def ranks_for_share(share: float, kernels: Kernels, dense: int, fixed: int) -> d
 
     Args:
       share: the wanted number of parameters over `dense`.
-      kernels: those that may be factored.
+      kernels: the kernels that may be factored.
       dense: the number of parameters of the dense model.
       fixed: the number of parameters that are not in `kernels`, as they are.
 

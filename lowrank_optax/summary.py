@@ -115,8 +115,7 @@ def summary(params: Any, where: Any = None) -> Summary:
     for name, x in leaves:
         shape = tuple(x.shape if is_lowrank(x) else jnp.shape(x))
         if is_lowrank(x):
-            after = sum(math.prod(y.shape) for y in jax.tree.leaves(x))
-            rows.append(Row(name, shape, _rank(x), x.width, math.prod(shape), after, ""))
+            rows.append(Row(name, shape, _rank(x), x.width, math.prod(shape), x.size, ""))
         elif len(shape) < 2:
             small.append(math.prod(shape))
         else:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import pathlib
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -108,6 +111,14 @@ def placed(layout: Layout, mesh: jax.sharding.Mesh, tx: Any) -> tuple[Any, Any, 
     placed_state = jax.device_put(state, shardings(mesh, lro.state_specs(state, start, specs)))
     placed_data = jax.device_put(data(), NamedSharding(mesh, P(layout.batch)))
     return jax.device_put(start, shardings(mesh, specs)), placed_state, placed_data
+
+
+def run_on_eight_devices(file: str) -> None:
+    """Runs the tests of a file in a process of its own: the number of devices is fixed when JAX starts."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
+    root = pathlib.Path(__file__).parents[1]
+    run = subprocess.run(command, cwd=root, env=environment(8), text=True, capture_output=True, timeout=540)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
 
 
 def environment(devices: int) -> dict[str, str]:

@@ -17,12 +17,12 @@ _WRAPPERS = ("opt_state", "inner_state", "inner_states", "inner_opt_state")  # f
 
 
 class Adapted(NamedTuple):
-    """What `adapt` returns; `print` shows the report.
+    """The result of `adapt`; `print` shows the report.
 
     Attributes:
       tree: of the structure of the target.
       kept: names of leaves, kernels and moments whose values were saved.
-      new: names of those that have the values of the target, and why.
+      new: names of the leaves, kernels and moments that have the values of the target, each with the reason.
       dropped: names of leaves that were saved and are not used.
     """
 
@@ -38,14 +38,14 @@ class Adapted(NamedTuple):
 
 
 def adapt(saved: Any, like: Any) -> Adapted:
-    r"""Brings a state that was saved to another structure, e.g. that of another optimizer, and keeps what fits.
+    r"""Brings a saved state to another structure, e.g. of another optimizer, and keeps the leaves that fit.
 
     Leaves are matched by their names. One transformation more in a chain changes all names in an optimizer state, so a
     moment is also found by its name without the positions, `mu/dense/kernel`, if there is only one; the rest of its
     state, such as `count`, goes with it.
 
     A leaf is kept if it has the shape and the dtype of the target. A kernel may have been saved at another width; it is
-    kept at that width, and its moments with it. Moments of one geometry are never taken for those of another, and
+    kept at that width, and its moments with it. Moments of one geometry are never read as moments of another, and
     nothing that belongs to a kernel is kept without it. `count` is kept if any of the moments beside it are: with Adam,
     a moment that is new at a large count makes the first steps of its parameter up to
     :math:`(1 - b_1) / \sqrt{1 - b_2}` times as long, 3.2 by default.
@@ -145,7 +145,7 @@ def _places(nodes: list[Node], there: Description) -> dict[str, str]:
 def _called(name: str) -> tuple[str, ...] | None:
     """The name of a moment without the positions and wrappers in front of its field; None for other leaves.
 
-    Behind the field come the keys of the parameters, where a position is that of a layer.
+    Behind the field come the keys of the parameters, where a position tells a layer.
     """
     parts = name.split("/")
     start = next((i for i, part in enumerate(parts) if part in _FIELDS), None)
@@ -155,7 +155,7 @@ def _called(name: str) -> tuple[str, ...] | None:
 
 
 def _beginnings(new: str, old: str) -> tuple[str, str]:
-    """What is left of two names without their common end."""
+    """The beginnings of two names, without their common end."""
     a, b = new.split("/"), old.split("/")
     while a and b and a[-1] == b[-1]:
         a.pop()
@@ -170,7 +170,7 @@ def _belongs(node: Node) -> bool:
 
 
 def _entries(node: Node, places: dict[str, str], there: Description) -> Description:
-    """What was saved of a node, by the names of the target."""
+    """The saved entries of a node, by the names of the target."""
     names = {name: places[node.name] + name[len(node.name) :] for name in node.fields}
     return {name: there[place] for name, place in names.items() if place in there}
 
@@ -228,8 +228,9 @@ def _check_widths(
 
 def _placed(value: Any, x: Any) -> Any:
     """A value that was saved, in the form of x and where x lies."""
-    if is_python(x):
-        return type(x)(value)
-    if isinstance(x, np.generic | np.ndarray):
-        return np.asarray(value, x.dtype)[()] if isinstance(x, np.generic) else np.asarray(value, x.dtype)
-    return jax.device_put(np.asarray(value, x.dtype) if is_python(value) else value, getattr(x, "sharding", None))
+    value = fit.delivered(value, x)
+    return value if is_python(x) or isinstance(x, np.generic | np.ndarray) else jax.device_put(value, _sharding(x))
+
+
+def _sharding(x: Any) -> Any:
+    return getattr(x, "sharding", None)

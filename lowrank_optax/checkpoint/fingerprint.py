@@ -47,10 +47,8 @@ def is_python(x: Any) -> bool:
 
 def describe(tree: Any) -> Description:
     """Shape, dtype and fingerprint of every leaf, by name. Leaves that are no numbers are left to orbax to refuse."""
-    leaves = {
-        name: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for name, leaf in named_leaves(tree).items()
-    }
-    python = {name for name, leaf in named_leaves(tree).items() if is_python(leaf)}
+    given = named_leaves(tree)
+    leaves = {name: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for name, leaf in given.items()}
     leaves = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, jax.Array) or _is_numeric(leaf)}
     numbers = fingerprints(leaves)
     return {
@@ -58,7 +56,7 @@ def describe(tree: Any) -> Description:
             "shape": list(leaf.shape),
             "dtype": dtype_name(leaf.dtype),
             "fingerprint": numbers[name],
-            **({"python": True} if name in python else {}),
+            **({"python": True} if is_python(given[name]) else {}),
         }
         for name, leaf in leaves.items()
     }
@@ -94,7 +92,7 @@ def checksum(saved: Description) -> int:
 
 
 def fingerprints(leaves: dict[str, Any]) -> dict[str, int]:
-    """Fingerprints of arrays: those of JAX on their devices, in one compiled call, those of NumPy on the host."""
+    """Fingerprints of arrays: of JAX arrays on their devices, in one compiled call, of NumPy arrays on the host."""
     on_devices = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, jax.Array)}
     numbers = {name: int(number) for name, number in jax.device_get(_fingerprints(on_devices)).items()}
     return numbers | {name: host_fingerprint(leaf) for name, leaf in leaves.items() if name not in on_devices}

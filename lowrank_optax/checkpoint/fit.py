@@ -17,11 +17,12 @@ from lowrank_optax.paths import path_name
 
 def width_axes(kind: type) -> dict[str, int]:
     """For each field of a kernel or moment, how many of its last axes are the width of the kernel."""
-    return {"U": 1, "S": 2, "V": 1} if kind is LowRank else registered_coordinates()[kind][1]
+    mirrors = {"U": "U", "S": "S", "V": "V"} if kind is LowRank else registered_coordinates()[kind].mirrors
+    return {field: 2 if factor == "S" else 1 for field, factor in mirrors.items()}
 
 
 def _geometry_name(kind: type) -> str:
-    return f"lro.{type(registered_coordinates()[kind][0]).__name__}()"
+    return f"lro.{type(registered_coordinates()[kind].geometry).__name__}()"
 
 
 class Node(NamedTuple):
@@ -97,7 +98,7 @@ def _fields(name: str, node: Any) -> dict[str, Any]:
 
 
 def owners(node: Node, kernels: list[Node]) -> list[Node]:
-    """The kernels that a node of the state belongs to: those of which the longest end of the path is in its path."""
+    """The kernels that a node of the state belongs to: the longest end of their paths is a part of its path."""
 
     def common(kernel: Node) -> int:
         for n in range(len(kernel.parts), 0, -1):
@@ -123,7 +124,7 @@ def saved_width(node: Node, saved: Description) -> int | None:
 
 
 def misfits(like: Any, saved: Description, partial: bool) -> list[str]:
-    """What keeps a target from a checkpoint, one message for each node; empty if it fits."""
+    """The differences of a target from a checkpoint, one message for each node; empty if it fits."""
     nodes = nodes_of(like)
     found: list[str] = []
     seen: set[str] = set()
@@ -226,7 +227,7 @@ def request(x: Any, entry: dict[str, Any]) -> Any:
 
 
 def delivered(value: Any, x: Any) -> Any:
-    """What orbax read, as x is: an array or a number of NumPy, of JAX or of Python."""
+    """A value that orbax read, in the form of x: an array or a number of NumPy, of JAX or of Python."""
     if is_python(x):
         return type(x)(value)
     if isinstance(x, np.generic):

@@ -1,4 +1,4 @@
-"""The folder of a manager: which checkpoints stand in it, what is written beside them, and what is renamed."""
+"""The folder of a manager: its checkpoints, the metadata beside them, and the renaming of damaged ones."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def identity(folder: Any) -> Any:
 
 
 def described(manager: ocp.CheckpointManager, step: int, folder: Any) -> Description:
-    """What was saved: shape and dtype of every leaf, and its fingerprint if `save` was used.
+    """The shape and dtype of every saved leaf, and its fingerprint if `save` wrote it.
 
     Raises:
       OSError: if files cannot be read.
@@ -88,7 +88,7 @@ def item_metadata(folder: Any) -> Any:
 
 
 def files_in(folder: Any) -> Any:
-    """What tells that a folder changes: its identity and the names in it."""
+    """The identity of a folder and the names in it, which differ once the folder changes."""
     try:
         return identity(folder), sorted(_names_in(folder))
     except (FileNotFoundError, NotADirectoryError):  # removed while it was listed
@@ -115,7 +115,7 @@ def set_aside(manager: ocp.CheckpointManager) -> list[str]:
     all that stand there. A process that only reads never comes here.
 
     Args:
-      manager: that of `restore`, or another of the same folder.
+      manager: the manager of `restore`, or another one of the same folder.
 
     Returns:
       The new names.

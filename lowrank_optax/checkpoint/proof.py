@@ -1,8 +1,8 @@
-"""What a failure to restore proves. Only damage that is proved lets `restore` go on to an older checkpoint.
+"""Whether a failure to restore proves damage. Only proved damage lets `restore` go on to an older checkpoint.
 
 An error of the system (no permission, too many open files, a disk or a network that fails) says nothing about the
-checkpoint, nor does a target that does not fit. Proved is what a second reading without the user's target finds again:
-a file that its parser refuses or that is gone, or a value that the fingerprint contradicts.
+checkpoint, nor does a target that does not fit. Damage is proved if a second reading, without the user's target, finds
+it again: a file that its parser refuses or that is gone, or a value that the fingerprint contradicts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lowrank_optax.checkpoint.fingerprint import changed_leaves, leaf_name
 from lowrank_optax.checkpoint.fit import is_native
 from lowrank_optax.checkpoint.folder import described, files_in, identity, item_metadata, item_of
 
-# What parsers raise. Tensorstore raises ValueError for everything, with a status in front.
+# The errors that parsers raise. Tensorstore raises ValueError for everything, with a status in front.
 _PARSERS = (
     *(ValueError, LookupError, TypeError, AttributeError, NotImplementedError, EOFError, ArithmeticError),
     *(AssertionError, FileNotFoundError),
@@ -48,7 +48,7 @@ def judged(
     """The exception to raise for a failure: `Gone`, `Damaged`, or the error itself.
 
     Args:
-      error: that came; None where values came back that the fingerprints contradict.
+      error: the error that came; None where values came back that the fingerprints contradict.
       manager: of the checkpoint.
       step: its number.
       folder: its folder.
@@ -96,7 +96,7 @@ def _as_oserror(error: Exception) -> Exception:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """An error and those that led to it."""
+    """An error and the errors that led to it."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
@@ -104,7 +104,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _damage(manager: ocp.CheckpointManager, step: int, folder: Any, names: Iterable[str] | None) -> str | None:
-    """What is damaged; None if everything can be read and is as it was saved. Errors of the system are raised."""
+    """The damage; None if everything can be read and is as it was saved. Errors of the system are raised."""
     try:
         saved = described(manager, step, folder)
         metadata = item_metadata(folder)
@@ -196,5 +196,5 @@ def is_changing(folder: Any) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error; those of tensorstore go on with specifications."""
+    """The first line of an error; errors of tensorstore go on with specifications."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]

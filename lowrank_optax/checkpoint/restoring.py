@@ -28,11 +28,11 @@ _SHOWN = 6  # misfits in a message
 
 
 class Restored(NamedTuple):
-    """What `restore` returns.
+    """The result of `restore`.
 
     Attributes:
       step: the step of the checkpoint.
-      tree: its contents.
+      tree: the tree that was saved, or the part of it that was wanted.
     """
 
     step: int
@@ -47,24 +47,23 @@ def restore(
     The folder is listed anew at every call, so an evaluating process sees what a training process has saved since.
     A checkpoint that is removed meanwhile counts as gone.
 
-    Only damage that is proved is damage: a file that its parser refuses or that is missing, or values that are not
-    those that were saved, found again at a second reading. Such a checkpoint is named in a warning and skipped for the
-    next older one; the next `save` of this process, or `set_aside`, renames its folder. Everything else is an error: a
-    target that does not fit is one before any value is read, and errors of the system (I/O, permissions, memory) are
-    raised as they come.
+    A checkpoint is damaged if a second reading finds the fault again: its parser refuses a file, a file is missing, or
+    values differ from the saved ones. `restore` then skips it for the next older one, and a warning names it. The next
+    `save` of this process, or `set_aside`, renames its folder. Everything else is an error. A target that does not fit
+    raises one before any value is read. Errors of the system (I/O, permissions, memory) are raised as they come.
 
     Keep more than one checkpoint (`preservation_policy` of the manager), and open the manager with
-    `lightweight_initialize=True`, or damaged metadata of one step may keep it from opening.
+    `lightweight_initialize=True`, because damaged metadata of one step may otherwise keep it from opening.
 
     Args:
-      manager: of a single item; `read_only=True` is enough. Checkpoints that `manager.save` wrote without `save` are
-        read and not checked for damage.
-      like: the tree that was saved, of arrays or `jax.ShapeDtypeStruct`; their shardings decide where the result
-        lies, on whatever mesh. Kernels, and their moments with them, may have other widths than in the checkpoint,
-        whose widths the result has; then `resize` brings it to those you want. Without `like` the result is built of
-        dicts and lists, with `LowRank` nodes as `rebuild` makes them, where it was saved or else on the first device;
-        without x64, arrays of 64 bits come as arrays of NumPy.
-      step: this checkpoint only.
+      manager: an orbax manager of a single item; `read_only=True` is enough. Checkpoints that `manager.save` wrote
+        without `save` are read and not checked for damage.
+      like: the tree that was saved, of arrays or `jax.ShapeDtypeStruct`. The result is sharded like its leaves, on
+        any mesh. Its kernels, and their moments with them, may have other widths than the checkpoint: the result has
+        the widths of the checkpoint, and `resize` changes them. Without `like` the result consists of dicts and lists,
+        with `LowRank` nodes as `rebuild` makes them. Its arrays lie where they were saved, or on the first device if
+        those devices are missing; without x64, arrays of 64 bits are arrays of NumPy.
+      step: the number of the checkpoint to read; default the newest.
       partial: whether `like` is a part of what was saved, under the keys that it had there: `{"params": params}` of a
         `TrainState`. Only its leaves are read and checked.
 
@@ -215,7 +214,7 @@ def rebuild(tree: Any) -> Any:
     """Makes `LowRank` nodes of the dicts `{"U", "S", "V"}` that orbax returns when it restores without a target.
 
     Args:
-      tree: what `manager.restore(step)` returned.
+      tree: the result of `manager.restore(step)`.
 
     Returns:
       The tree with `LowRank` nodes in the place of those dicts.

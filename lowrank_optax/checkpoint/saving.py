@@ -21,14 +21,14 @@ def save(manager: ocp.CheckpointManager, step: int, tree: Any, **options: Any) -
     `set_aside`, and their steps can be saved again.
 
     Args:
-      manager: of a single item, the default.
+      manager: an orbax manager of a single item, the default.
       step: number of the checkpoint.
       tree: arrays in any containers: a linen `TrainState`, `nnx.state((model, optimizer))`, a dict of parameters
         and optimizer state.
       **options: for `manager.save`, e.g. `force=True`, `metrics`, `custom_metadata`.
 
     Returns:
-      Whether the manager saved, which its save policy decides. Orbax writes in the background: call
+      Whether the manager saved, as its save policy decides. Orbax writes in the background: call
       `manager.wait_until_finished()` before buffers of the tree are donated.
 
     Raises:

@@ -193,7 +193,7 @@ def _unit_columns(x: jax.Array, active: jax.Array) -> jax.Array:
     return jnp.where((active & (size > 0))[None], x / jnp.where(size > 0, size, 1.0)[None], 0.0)
 
 
-register_coordinates(Pair, Balanced(), {"A": 1, "B": 1})
+register_coordinates(Pair, Balanced(), {"A": "U", "B": "V"})
 
 
 @polar_factor.register

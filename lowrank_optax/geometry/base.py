@@ -138,19 +138,25 @@ class Geometry:
         return ()
 
 
-_GEOMETRIES: dict[type, Geometry] = {}
-_WIDTH_AXES: dict[type, dict[str, int]] = {}
+class Coordinates(NamedTuple):
+    """The entry of a class of coordinates, see `register_coordinates`."""
+
+    geometry: Geometry
+    mirrors: dict[str, str]
 
 
-def register_coordinates(kind: type, geometry: Geometry, width_axes: dict[str, int]) -> None:
-    """Makes a class known as coordinates of a kernel: to inner transformations, to `resize`, to checkpoints.
+_COORDINATES: dict[type, Coordinates] = {}
+
+
+def register_coordinates(kind: type, geometry: Geometry, mirrors: dict[str, str]) -> None:
+    """Makes a class known as coordinates of a kernel: to inner transformations, `resize`, specs and checkpoints.
 
     Args:
       kind: the class, with one array in each field.
       geometry: `resize` carries moments in these coordinates by its `rebase` and `carry`.
-      width_axes: for each field in order, how many of its last axes are as long as the kernel is wide.
+      mirrors: for each field in order, the factor "U", "S" or "V" whose shape and sharding it has.
     """
-    _GEOMETRIES[kind], _WIDTH_AXES[kind] = geometry, width_axes
+    _COORDINATES[kind] = Coordinates(geometry, mirrors)
 
 
 def is_coordinates(x: Any) -> bool:
@@ -161,17 +167,17 @@ def is_coordinates(x: Any) -> bool:
       >>> lro.geometry.is_coordinates(lro.geometry.Pair(jnp.ones((4, 2)), jnp.ones((3, 2))))
       True
     """
-    return type(x) in _GEOMETRIES
+    return type(x) in _COORDINATES
 
 
 def geometry_of(x: Any) -> Geometry:
     """The geometry that was registered for the class of coordinates."""
-    return _GEOMETRIES[type(x)]
+    return _COORDINATES[type(x)].geometry
 
 
-def registered_coordinates() -> dict[type, tuple[Geometry, dict[str, int]]]:
-    """Every registered class, with its geometry and `width_axes`."""
-    return {kind: (geometry, _WIDTH_AXES[kind]) for kind, geometry in _GEOMETRIES.items()}
+def registered_coordinates() -> dict[type, Coordinates]:
+    """Every registered class, with its geometry and `mirrors`."""
+    return dict(_COORDINATES)
 
 
 @functools.singledispatch

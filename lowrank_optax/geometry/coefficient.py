@@ -183,7 +183,7 @@ def _in_use(S: jax.Array, rank: jax.Array) -> jax.Array:
     return rows[:, None] & columns[None]
 
 
-register_coordinates(Coefficients, Coefficient(), {"N": 2})
+register_coordinates(Coefficients, Coefficient(), {"N": "S"})
 
 
 @polar_factor.register

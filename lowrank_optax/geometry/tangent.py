@@ -109,7 +109,7 @@ class Tangent(Truncated):
         return Transport(old, new)
 
 
-register_coordinates(mf.Tangent, Tangent(), {"Up": 1, "M": 2, "Vp": 1})
+register_coordinates(mf.Tangent, Tangent(), {"Up": "U", "M": "S", "Vp": "V"})
 
 
 @polar_factor.register

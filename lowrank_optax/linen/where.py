@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from lowrank_optax.axes import Axes
+from lowrank_optax.axes import Axes, in_stack
 from lowrank_optax.boxes import unboxed
 from lowrank_optax.linen.registry import declared_axes, find, leaves_of, normalizer
 from lowrank_optax.lowrank import is_lowrank
-from lowrank_optax.paths import path_name
+from lowrank_optax.paths import listed, path_name
 
 
 class IfItFits(Axes):
@@ -34,10 +34,8 @@ class Declared(NamedTuple):
         """The axes of the whole kernel, with those that nn.scan or nn.vmap stack in front."""
         if isinstance(self.axes, str):
             return self.axes
-        stacked = len(shape) - len(self.shape)
-        if stacked < 0 or tuple(shape[stacked:]) != self.shape:
-            return f"its layers, of shape {self.shape}, are stacked along another axis than the first"
-        return IfItFits(stacked + self.axes.batch, self.axes.inputs)
+        found = in_stack(self.axes, self.shape, shape)
+        return found if isinstance(found, str) else IfItFits(*found)
 
 
 def declarations(run: Callable[[], Any]) -> tuple[dict[str, Declared], dict[str, type[nn.Module]], Any]:
@@ -149,7 +147,7 @@ def kernels(model: nn.Module, *args: Any, **kwargs: Any) -> Kernels:
     if not chosen:
         raise ValueError(
             f"{type(model).__name__} has no kernel that can be factored. Parameters with two axes or more:\n"
-            + "\n".join([*layers[:12], *([f"  and {len(layers) - 12} more"] if len(layers) > 12 else [])] or ["  none"])
+            + listed(layers)
             + "\nFor a layer of your own say how it runs: lowrank_optax.linen.register(ModuleClass, leaf='kernel', "
             "axes=lowrank_optax.Axes(0, 1), forward=lambda module, W, x: x @ W)"
         )

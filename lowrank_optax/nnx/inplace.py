@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import jax
 from flax import nnx
 
 from lowrank_optax.axes import Axes, Rank, Where, check_where
@@ -14,7 +12,8 @@ from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.nnx.specs import keep_dense_spec
 from lowrank_optax.nnx.stock import declared, install
 from lowrank_optax.nnx.where import Parameter, axes_at, counted, parameters
-from lowrank_optax.share import Kernels, check_rank_or_budget, ranks_for_share
+from lowrank_optax.paths import listed
+from lowrank_optax.share import at_budget, check_rank_or_budget
 
 
 def factorize(
@@ -67,7 +66,7 @@ def factorize(
     check_rank_or_budget(rank, budget, max_rank)
     found = parameters(model)
     if rank is None:
-        rank, where = _at_budget(model, found, float(budget or 0.0), where)
+        rank, where = at_budget(float(budget or 0.0), dict(counted(model)), _kernel_axes(found, where))
     axes: dict[str, Axes] = {}
     reasons: dict[str, str] = {}
     for name, parameter in found.items():
@@ -89,19 +88,11 @@ def factorize(
                 install(layer)
 
 
-def _at_budget(model: Any, found: dict[str, Parameter], budget: float, where: Where | None) -> tuple[Rank, Where]:
-    """The ranks of kernels for a share of the model's parameters, and the kernels that `factorize` takes."""
-    everything = [x for _, x in counted(model)]
-    dense = sum(math.prod(x.shape) for x in everything)
-    fixed = sum(y.size for x in everything for y in jax.tree.leaves(x))
-    kernels: Kernels = {}
-    for name, parameter in found.items():
-        answer = _answer(name, parameter, 1, where)
-        if isinstance(answer, Axes) and not is_lowrank(parameter.variable.get_raw_value()):
-            kernels[name] = parameter.shape, answer
-            fixed -= math.prod(parameter.shape)
-    ranks = ranks_for_share(budget, kernels, dense, fixed)
-    return lambda name, shape: ranks[name], lambda name, shape: kernels[name][1] if name in ranks else False
+def _kernel_axes(found: dict[str, Parameter], where: Where | None) -> dict[str, Axes]:
+    """The split of every dense kernel that `factorize` takes at rank 1."""
+    dense = {name: p for name, p in found.items() if not is_lowrank(p.variable.get_raw_value())}
+    answers = {name: _answer(name, parameter, 1, where) for name, parameter in dense.items()}
+    return {name: axes for name, axes in answers.items() if isinstance(axes, Axes)}
 
 
 def _answer(name: str, parameter: Parameter, rank: Rank, where: Where | None) -> Axes | str:
@@ -131,5 +122,4 @@ def _is_own(parameter: Parameter) -> bool:
 
 def _nothing(rank: Rank, found: dict[str, Parameter], reasons: dict[str, str]) -> str:
     lines = [f"  {name} {found[name].shape}: {reason}" for name, reason in reasons.items()]
-    shown = [*lines[:12], *([f"  and {len(lines) - 12} more"] if len(lines) > 12 else [])] or ["  none"]
-    return f"no kernel to factor at rank {rank}. Parameters with two axes or more:\n" + "\n".join(shown)
+    return f"no kernel to factor at rank {rank}. Parameters with two axes or more:\n{listed(lines)}"

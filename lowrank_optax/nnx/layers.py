@@ -75,8 +75,8 @@ class LowRankLinear(nnx.Linear):
       out_features: number of output features.
       rank: int, fraction of `min(in_features, out_features)`, or callable of path (here `""`) and shape.
       max_rank: width of the factors, default `rank`.
-      kernel_init: dense initialiser that sets the scale of the kernel, default LeCun normal. The sharding of
-        `nnx.with_partitioning` is that of the dense kernel, see `get_partition_spec`.
+      kernel_init: dense initialiser that sets the scale of the kernel, default LeCun normal. `nnx.with_partitioning`
+        states the sharding of the dense kernel, see `get_partition_spec`.
       kernel_metadata: metadata of the kernel, `out_sharding` as above.
       rngs: random streams.
       **kwargs: as in `nnx.Linear`, e.g. `use_bias`, `dtype`, `param_dtype`, `precision`, `bias_init`.

@@ -13,7 +13,7 @@ from lowrank_optax.paths import is_wrapper
 
 
 class Optimizer(nnx.Optimizer):  # type: ignore[type-arg]
-    """`nnx.Optimizer` whose state may hold gradients or copies of factored kernels, as that of `optax.MultiSteps` does.
+    """`nnx.Optimizer` whose state may hold gradients or copies of factored kernels, as with `optax.MultiSteps`.
 
     `nnx.Optimizer` runs every optimizer of this package. It fails at its second update with a wrapper that keeps a copy
     of the parameters, because Flax then stores a kernel as a dict of U, S and V. This class keeps each factor in a

@@ -23,7 +23,7 @@ def get_partition_spec(tree: Any) -> Any:
     A variable of nnx has one `out_sharding`, and the three factors of a kernel lie in three ways. `factorize` and the
     low-rank layers therefore keep the sharding of the dense kernel as the metadata `dense_sharding`, and this function
     derives the specs of the factors as `lowrank_optax.partition_specs` does: U takes the input axes, V the output
-    axes, all of them the stacked axes. Logical axis names become those of the mesh by the rules of Flax. Variables
+    axes, all of them the stacked axes. The rules of Flax turn logical axis names into mesh axes. Variables
     without factors get the spec that Flax gives them.
 
     Where `nnx.vmap` or `nnx.scan` add an axis to low-rank layers, name it for them too:
@@ -70,7 +70,7 @@ def factor_specs(W: LowRank, dense: Any) -> LowRank:
 
 def dense_spec(out_sharding: Any, ndim: int) -> tuple[Any, ...]:
     """The metadata `out_sharding` of a dense kernel, names or a sharding, as one entry for every axis."""
-    sharding = getattr(out_sharding, "sharding", out_sharding)  # that of a layout
+    sharding = getattr(out_sharding, "sharding", out_sharding)  # a layout holds a sharding
     axes = tuple(getattr(sharding, "spec", sharding) or ())
     return (*axes, *(None,) * (ndim - len(axes)))
 

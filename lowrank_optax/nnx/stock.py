@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lowrank_optax.axes import Axes
+from lowrank_optax.axes import Axes, in_stack
 from lowrank_optax.einsum import einsum, einsum_axes
 from lowrank_optax.lowrank import dot_general
 from lowrank_optax.nnx.hooks import PromoteLeaves, conv_general_dilated
@@ -30,10 +30,7 @@ class Declared(NamedTuple):
 
     def axes_in(self, shape: tuple[int, ...]) -> Axes | str:
         """The axes of the whole kernel, with those that nnx.vmap stacks in front, or the reason to stay dense."""
-        stacked = len(shape) - len(self.shape)
-        if stacked < 0 or tuple(shape[stacked:]) != self.shape:
-            return f"its layers, of shape {self.shape}, are stacked along another axis than the first"
-        return Axes(stacked + self.axes.batch, self.axes.inputs)
+        return in_stack(self.axes, self.shape, shape)
 
 
 def declared(layer: Any) -> Declared | str:

@@ -1,9 +1,5 @@
 """Partition specs, and the tests of `tests/eight_devices.py` in a process with eight devices."""
 
-import pathlib
-import subprocess
-import sys
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,15 +11,10 @@ from jax.sharding import PartitionSpec as P
 import lowrank_optax as lro
 from tests import distributed as d
 
-ROOT = pathlib.Path(__file__).parents[2]
-
 
 @pytest.mark.slow
 def test_on_eight_devices():
-    """In a process of its own: the number of devices is fixed when JAX starts."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/eight_devices.py"]
-    run = subprocess.run(command, cwd=ROOT, env=d.environment(8), text=True, capture_output=True, timeout=540)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    d.run_on_eight_devices("tests/eight_devices.py")
 
 
 def kernel(inputs: tuple[int, ...], outputs: tuple[int, ...], batch: tuple[int, ...] = (), r: int = 2) -> lro.LowRank:

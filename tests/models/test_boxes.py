@@ -1,10 +1,7 @@
 """Boxed linen parameters, and the tests of `boxes_on_eight_devices.py` in a process with devices."""
 
 import functools
-import pathlib
 import re
-import subprocess
-import sys
 from typing import Any
 
 import flax.linen as nn
@@ -21,18 +18,13 @@ from jax.sharding import PartitionSpec as P
 import lowrank_optax as lro
 from tests import distributed as d
 
-ROOT = pathlib.Path(__file__).parents[2]
-FILE = "tests/models/boxes_on_eight_devices.py"
 BOXES = {"partitioned": nn.with_partitioning, "logical": nn.with_logical_partitioning}
 LECUN, ZEROS = nn.initializers.lecun_normal(), nn.initializers.zeros
 
 
 @pytest.mark.slow
 def test_on_eight_devices():
-    """The number of devices is fixed when JAX starts."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", FILE]
-    run = subprocess.run(command, cwd=ROOT, env=d.environment(8), text=True, capture_output=True, timeout=540)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    d.run_on_eight_devices("tests/models/boxes_on_eight_devices.py")
 
 
 @pytest.fixture(params=BOXES)

@@ -1,9 +1,5 @@
 """nnx on meshes: metadata of factored kernels, and the tests of `nnx_on_eight_devices.py` in a process with devices."""
 
-import pathlib
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -13,16 +9,10 @@ from jax.sharding import PartitionSpec as P
 import lowrank_optax as lro
 from tests import distributed as d
 
-ROOT = pathlib.Path(__file__).parents[2]
-FILE = "tests/models/nnx_on_eight_devices.py"
-
 
 @pytest.mark.slow
 def test_on_eight_devices():
-    """The number of devices is fixed when JAX starts."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", FILE]
-    run = subprocess.run(command, cwd=ROOT, env=d.environment(8), text=True, capture_output=True, timeout=540)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    d.run_on_eight_devices("tests/models/nnx_on_eight_devices.py")
 
 
 def with_metadata(**metadata):
