@@ -41,7 +41,9 @@ class LowRank:
     **Arithmetic is that of gradients.** `g + h` and `g - h` of two nodes with factors of equal shapes, and `c * g` and
     `g / c` by a scalar, act on U, S and V one by one, as `jax.tree.map` does. Gradients of the factors are added up and
     averaged so. For kernels themselves these signs have another meaning: `W + W2` is not the sum of the matrices, and
-    `c * W` is `c^3` times the matrix. `incremental_update` averages kernels. Other arithmetic raises TypeError.
+    `c * W` is `c^3` times the matrix. They raise TypeError within a linen module, where every node is a kernel. Nothing
+    tells when a module of nnx runs, so avoid them there. `incremental_update` averages kernels. Other arithmetic raises
+    TypeError everywhere.
 
     Attributes:
       U: `(batch..., in..., r)`, orthonormal columns once the input axes are flattened.

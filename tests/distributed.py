@@ -113,9 +113,9 @@ def placed(layout: Layout, mesh: jax.sharding.Mesh, tx: Any) -> tuple[Any, Any, 
     return jax.device_put(start, shardings(mesh, specs)), placed_state, placed_data
 
 
-def run_on_eight_devices(file: str) -> None:
-    """Runs the tests of a file in a process of its own: the number of devices is fixed when JAX starts."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
+def run_on_eight_devices(*files: str) -> None:
+    """Runs the tests of files in a process of their own: the number of devices is fixed when JAX starts."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     root = pathlib.Path(__file__).parents[1]
     run = subprocess.run(command, cwd=root, env=environment(8), text=True, capture_output=True, timeout=540)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lowrank_optax.lowrank import LowRank
 from lowrank_optax.rank import RankPolicy, Spectrum
 
 
@@ -151,11 +152,27 @@ _COORDINATES: dict[type, Coordinates] = {}
 def register_coordinates(kind: type, geometry: Geometry, mirrors: dict[str, str]) -> None:
     """Makes a class known as coordinates of a kernel: to inner transformations, `resize`, specs and checkpoints.
 
+    A state of nnx keeps the names of fields and not their class, so a name means one factor in all classes.
+
     Args:
       kind: the class, with one array in each field.
       geometry: `resize` carries moments in these coordinates by its `rebase` and `carry`.
       mirrors: for each field in order, the factor "U", "S" or "V" whose shape and sharding it has.
+
+    Raises:
+      ValueError: for another factor than these three, or for a name that another class gives to another factor.
     """
+    known: dict[type, dict[str, str]] = {LowRank: {"U": "U", "S": "S", "V": "V"}}
+    known |= {other: entry.mirrors for other, entry in _COORDINATES.items() if other is not kind}
+    for field, factor in mirrors.items():
+        if factor not in ("U", "S", "V"):
+            raise ValueError(f"{kind.__name__}.{field} mirrors a factor of a kernel, U, S or V, got {factor!r}")
+        for other, taken in known.items():
+            if taken.get(field, factor) != factor:
+                raise ValueError(
+                    f"{kind.__name__}.{field} mirrors {factor}, but {other.__name__}.{field} mirrors {taken[field]}: "
+                    "choose another name for the field"
+                )
     _COORDINATES[kind] = Coordinates(geometry, mirrors)
 
 

@@ -43,8 +43,10 @@ def factorize(
       max_rank: width of the factors, default `rank`.
       where: callable of the path (`"block/linear/kernel"`) and the dense shape that returns False to leave a kernel
         dense, or True to factor it if its layer can run on factors. For a parameter of a module of your own it may
-        return `Axes`; the module must then multiply with `x @ W` or `lowrank_optax.einsum`. Default: every kernel of
-        the layers above with `min(m, n) >= rank`.
+        return `Axes`; the module must then multiply with `x @ W` or `lowrank_optax.einsum`. Sums and multiples of W are
+        not refused there as they are in linen: nothing tells a kernel in a module of nnx from a gradient outside of it,
+        so `2.0 * W` multiplies each factor by 2 and is 8 W. Default: every kernel of the layers above with
+        `min(m, n) >= rank`.
       scale: factor on the singular values, see `lowrank_optax.factorize`.
 
     Raises:

@@ -1,4 +1,6 @@
-"""Partition specs, and the tests of `tests/eight_devices.py` in a process with eight devices."""
+"""Partition specs, and the tests of two files in a process with eight devices."""
+
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,12 +11,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
+from lowrank_optax.geometry import base
 from tests import distributed as d
 
 
 @pytest.mark.slow
 def test_on_eight_devices():
-    d.run_on_eight_devices("tests/eight_devices.py")
+    d.run_on_eight_devices("tests/eight_devices.py", "tests/devices/kernels_on_eight_devices.py")
 
 
 def kernel(inputs: tuple[int, ...], outputs: tuple[int, ...], batch: tuple[int, ...] = (), r: int = 2) -> lro.LowRank:
@@ -129,6 +132,59 @@ def test_specs_of_states_of_nnx_are_those_of_the_state_itself(geometry):
     moments = found["opt_state"]["inner_state"]["inner_state"][0]["mu"]["kernel"]
     assert all(spec == getattr(expected, name) for name, spec in nnx.to_pure_dict(moments).items())
     assert P("x") in jax.tree.leaves(expected) or isinstance(geometry, lro.Coefficient)
+
+
+class Mine(NamedTuple):
+    """Coordinates of a user, in an order of their own."""
+
+    columns: Any
+    core: Any
+    rows: Any
+
+
+class MyGeometry(lro.Tangent):
+    def template(self, weight):
+        return Mine(*map(jnp.zeros_like, (weight.V, weight.S, weight.U)))
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setattr(base, "_COORDINATES", base.registered_coordinates())
+    lro.geometry.register_coordinates(Mine, MyGeometry(), {"columns": "V", "core": "S", "rows": "U"})
+
+
+def test_specs_of_coordinates_that_a_user_registered(registered):
+    """Each field lies as the factor that it was said to mirror, in states and in those of nnx, which lose the class."""
+    specs = lro.partition_specs(STACKED, SPECS)
+    tx = lro.lowrank_adam(1e-3, geometry=MyGeometry())
+    state = jax.eval_shape(tx.init, STACKED)
+    found = lro.state_specs(state, STACKED, specs)
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    for name in ("mu", "nu"):
+        moments = optax.tree.get(found, name)
+        for layer, (U, S, V) in zip(("layers", "head"), ROWS, strict=True):
+            assert same(moments[layer]["kernel"], Mine(V, S, U))
+    model = nnx.Linear(8, 6, rngs=nnx.Rngs(0))
+    lro.nnx.factorize(model, rank=2)
+    params = nnx.state(model, nnx.Param)
+    specs = lro.partition_specs(params, lambda path, shape: P("x", "y") if len(shape) == 2 else P("y"))
+    of_nnx = lro.state_specs(nnx.state(nnx.Optimizer(model, tx, wrt=nnx.Param)), params, specs)
+    moments = of_nnx["opt_state"]["inner_state"]["inner_state"][0]["mu"]["kernel"]
+    assert nnx.to_pure_dict(moments) == {"columns": P("y"), "core": P(), "rows": P("x")}
+
+
+@pytest.mark.parametrize(
+    ("mirrors", "message"),
+    [
+        ({"columns": "V", "core": "S", "rows": "W"}, r"Mine\.rows mirrors a factor of a kernel, U, S or V, got 'W'"),
+        ({"A": "V"}, r"Mine\.A mirrors V, but Pair\.A mirrors U: choose another name"),
+        ({"S": "U"}, r"Mine\.S mirrors U, but LowRank\.S mirrors S: choose another name"),
+    ],
+)
+def test_a_name_means_one_factor_in_all_coordinates(mirrors, message):
+    with pytest.raises(ValueError, match=message):
+        lro.geometry.register_coordinates(Mine, MyGeometry(), mirrors)
+    assert Mine not in base.registered_coordinates()
 
 
 def test_specs_may_be_written_out_in_full():

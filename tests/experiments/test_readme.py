@@ -3,9 +3,14 @@
 import pathlib
 import re
 
+import flax.errors
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import lowrank_optax as lro
 
 ROOT = pathlib.Path(__file__).parents[2]
 # The guide to many devices needs them: tests/eight_devices.py runs it.
@@ -44,3 +49,15 @@ def test_commands_are_targets_of_the_makefile():
     assert commands
     for make, target in commands:
         assert make == "make" and target in targets
+
+
+def test_the_guide_quotes_the_error_of_the_most_likely_mistake():
+    """`model.apply` of factors cannot be caught, so a user will search for the words of Flax."""
+    model = nn.Dense(6)
+    params = lro.factorize(model.init(jax.random.key(0), jnp.ones((2, 8)))["params"], 3)
+    with pytest.raises(flax.errors.ScopeParamShapeError) as caught:
+        model.apply({"params": params}, jnp.ones((2, 8)))
+    message = str(caught.value).replace('"/"', '"/..."').partition(". (https://")[0]
+    guide = " ".join((ROOT / "docs" / "models.md").read_text().split())
+    assert f"**`ScopeParamShapeError: {message}`.**" in guide
+    assert "`ScopeParamShapeError`" in (ROOT / "README.md").read_text()
