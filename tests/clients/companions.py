@@ -73,9 +73,8 @@ def the_average_is_the_best_approximation_of_the_dense_average(client: ModuleTyp
 
 def masks_choose_what_they_choose_of_a_dense_model(client: ModuleType) -> None:
     """They are prefix trees, with one bool for a kernel."""
-    dense, factored = (
-        flatten_dict(client.decay_mask(client.params(client.start(rank)))) for rank in (None, client.RANK)
-    )
+    states = harness.start(client, None), harness.run(client).state
+    dense, factored = (flatten_dict(client.decay_mask(client.params(state))) for state in states)
     assert dense == factored and True in dense.values() and False in dense.values()
 
 
@@ -97,7 +96,7 @@ def batch_statistics_at_full_rank_are_the_dense_ones(client: ModuleType) -> None
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         return state.apply_fn(variables, client.BATCH["image"], mutable=["batch_stats"])[1]
 
-    dense, full = client.start(None), client.start(1.0)
+    dense, full = harness.start(client, None), harness.start(client, 1.0)
     close(statistics(full), statistics(dense))
     trained = harness.run(client).state.batch_stats
     pairs = zip(jax.tree.leaves(trained), jax.tree.leaves(dense.batch_stats), strict=True)

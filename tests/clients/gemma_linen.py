@@ -156,7 +156,7 @@ def train_step(params: Any, opt_state: Any, tokens: jax.Array) -> tuple[Any, Any
 
 
 def start(rank: float | None) -> tuple[Any, Any]:
-    params = model.init(jax.random.key(0), *inputs_of(BATCH))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), *inputs_of(BATCH))["params"]
     if rank is not None:
         params = lro.factorize(params, rank, where=lro.linen.kernels(model, *inputs_of(BATCH)))  # lowrank_optax
     return params, tx.init(params)

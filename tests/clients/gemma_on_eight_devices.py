@@ -78,6 +78,7 @@ def train_step(model: Transformer, optimizer: Any, tokens: jax.Array) -> jax.Arr
     return loss
 
 
+@nnx.jit
 def create() -> tuple[Transformer, Any]:
     model = Transformer(rngs=nnx.Rngs(0))
     lro.nnx.factorize(model, RANK)

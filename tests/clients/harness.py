@@ -44,6 +44,12 @@ class Run(NamedTuple):
 
 
 @functools.cache
+def start(client: ModuleType, rank: float | None) -> Any:
+    """A state that no step has seen, for those who only read it: steps may donate what they get, and nnx changes it."""
+    return client.start(rank)
+
+
+@functools.cache
 def run(client: ModuleType) -> Run:
     """Twenty steps on one batch at low rank, once for all tests."""
     state, loss = client.step(client.start(client.RANK), client.BATCH)
@@ -88,7 +94,7 @@ def kernel_sizes(client: ModuleType, state: Any) -> set[int]:
 
 def kernels_inside(client: ModuleType, rank: float | None, sizes: set[int]) -> set[tuple[int, ...]]:
     """The shapes of arrays within a step that have as many entries as a kernel and are no ordinary parameter."""
-    state = client.start(rank)
+    state = start(client, rank) if rank is None else run(client).state
     ordinary = {x.shape for x in parameters(client, run(client).state).values() if not lro.is_lowrank(x)}
     graph, arrays = nnx.split(state) if is_nnx(state) else (None, state)
 

@@ -109,7 +109,7 @@ step = get_train_step(tx)
 
 
 def start(rank: float | None, tx: Any = tx) -> tuple[Any, Any]:
-    params = model.init(jax.random.key(0), BATCH)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), BATCH)["params"]
     if rank is not None:
         params = lro.factorize(params, rank, where=lro.linen.kernels(model, BATCH))  # lowrank_optax
     return params, tx.init(params)

@@ -138,7 +138,7 @@ def train_step(state: Any, batch: Any, num_microbatches: int = 2) -> tuple[Any, 
 
 
 def start(rank: float | None) -> tuple[Any, Any]:
-    params = model.module.init(jax.random.key(0), BATCH["decoder_input_tokens"])["params"]
+    params = jax.jit(model.module.init)(jax.random.key(0), BATCH["decoder_input_tokens"])["params"]
     if rank is not None:
         where = lro.linen.kernels(model.module, BATCH["decoder_input_tokens"])  # lowrank_optax
         params = lro.factorize(params, rank, where=where)  # lowrank_optax

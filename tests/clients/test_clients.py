@@ -51,7 +51,7 @@ def test_every_parameter_is_factored_or_has_a_reason(client: ModuleType) -> None
 
 
 def test_at_full_rank_the_function_is_the_dense_one(client: ModuleType) -> None:
-    dense, full = client.start(None), client.start(1.0)
+    dense, full = harness.start(client, None), harness.start(client, 1.0)
     assert not harness.kernel_sizes(client, dense) and harness.kernel_sizes(client, full)
     expected, found = client.forward(dense, client.BATCH), client.forward(full, client.BATCH)
     # Three products in the place of one, each rounded to 6e-8, through layers that normalise; 9e-6 was the largest.
