@@ -141,7 +141,7 @@ def loss(params: Any) -> jax.Array:
     return jnp.mean((X @ params["kernel"] + params["bias"][None] - X @ TARGET - 1) ** 2)
 
 
-COMPILED: dict[str, Any] = {}
+ENDS: dict[tuple[str, str], Any] = {}
 
 
 def train(tx: Any, params: Any, state: Any, steps: int = 100) -> tuple[Any, Any]:
@@ -160,9 +160,9 @@ def train(tx: Any, params: Any, state: Any, steps: int = 100) -> tuple[Any, Any]
 
     lowered = jax.jit(run).lower(*leaves)
     # `adam(h)` and `scale_by_adam()` in front of `scale(-h)` are one program, and so are others.
-    if (program := lowered.as_text()) not in COMPILED:
-        COMPILED[program] = lowered.compile()
-    return tree.unflatten(COMPILED[program](*leaves))
+    if (program := (lowered.as_text(), repr(leaves))) not in ENDS:
+        ENDS[program] = lowered.compile()(*leaves)
+    return tree.unflatten(ENDS[program])
 
 
 QUICK = {("adam", "balanced"), ("lamb", "balanced"), ("scale_by_stddev", "tangent"), ("acprop", "coefficient")}
