@@ -38,6 +38,7 @@ class Config:
     batch: int = option(24, "examples a step")
     rank: int = option(16, "rank of every factored kernel, at most")
     max_rank: int = option(0, "width of the factors that ranks may grow into; 0 is the rank")
+    blocks: int = option(0, "cut every kernel of lowrank_* into a grid of so many blocks each way; 0 is one matrix")
     init_scale: float = option(1.0, "factor on the singular values that factored kernels start with")
     dense_scale: float = option(1.0, "factor on the kernels that dense methods start with")
     tolerance: float = option(0.0, "relative tail that lowrank_* may discard; 0 keeps the rank")
@@ -74,6 +75,8 @@ class Config:
         for name in self.methods:
             if name in DEFAULT_GEOMETRY:
                 self._check_geometry(name)
+        if self.blocks and self.adapt:
+            raise ConfigError(f"--blocks {self.blocks}: a change of pretrained kernels is one matrix of low rank")
 
     def _check_geometry(self, method: str) -> None:
         """Raises ConfigError for options that the geometry of a method does not have."""
@@ -82,6 +85,8 @@ class Config:
         if geometry == "balanced" and (self.tolerance or self.budget):
             flag = "--budget" if self.budget else "--tolerance"
             raise ConfigError(f"{flag}: {where}, which keeps ranks; choose --geometry tangent, coefficient or galerkin")
+        if self.blocks and geometry not in ("balanced", "tangent"):
+            raise ConfigError(f"--blocks {self.blocks}: {where}; choose --geometry balanced or tangent")
         if self.retraction != "svd" and geometry not in ("tangent", "coefficient"):
             raise ConfigError(f"--retraction {self.retraction}: {where}; choose --geometry tangent or coefficient")
         if self.retraction == "bug" and (self.tolerance or self.budget):

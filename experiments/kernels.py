@@ -30,7 +30,7 @@ class Adapter:
 
 def is_factored(x: Any) -> bool:
     """Whether `x` stands for one kernel and is no plain array."""
-    return isinstance(x, lro.LowRank | Pair | Adapter)
+    return lro.is_lowrank(x) or isinstance(x, Pair | Adapter)
 
 
 def balanced(W: lro.LowRank) -> Pair:
@@ -57,8 +57,8 @@ def singular_values(x: Any) -> np.ndarray:
     """Those of a kernel in any form, of an Adapter its delta's: `(kernels, count)`, NaN if it is not finite."""
     if isinstance(x, Adapter):
         return singular_values(x.delta)
-    if isinstance(x, lro.LowRank):
-        small = np.asarray(x.S, np.float32)
+    if lro.is_lowrank(x):
+        small = np.asarray(x.S, np.float32).reshape(-1, x.width, x.width)
     elif isinstance(x, Pair):
         rank = x.A.shape[-1]
         factors = x.A.reshape(-1, rank), x.B.reshape(rank, -1).T

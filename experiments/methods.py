@@ -151,11 +151,14 @@ def factor(method: Method, task: Task, params: Params, config: Config, key: jax.
     if method.form == "dense":
         return scale_kernels(task, params, config.dense_scale)
     width = config.max_rank if method.on_manifold and config.max_rank else None
-    lowrank = lro.factorize(params, config.rank, max_rank=width, where=task.is_kernel, scale=config.init_scale)
+    blocks = (config.blocks or None) if method.on_manifold else None
+    lowrank = lro.factorize(
+        params, config.rank, max_rank=width, where=task.is_kernel, scale=config.init_scale, blocks=blocks
+    )
     leaves = len(jax.tree.leaves(params))
     keys = iter(jax.random.split(key, leaves))
 
-    def change(W: lro.LowRank) -> Any:
+    def change(W: Any) -> Any:
         if method.form == "low rank":
             return kernels.zero_lowrank(next(keys), W) if config.adapt else W
         zero = config.adapt or method.form == "zero pair"

@@ -7,6 +7,7 @@ from lowrank_optax import geometry as geometry
 from lowrank_optax import manifold as manifold
 from lowrank_optax.average import incremental_update
 from lowrank_optax.axes import Axes
+from lowrank_optax.blocks import BlockLowRank
 from lowrank_optax.chainable import clip_by_tangent_norm, project_to_tangent, retract, tangent_norm
 from lowrank_optax.diagnostics import Diagnostics, diagnostics, ranks
 from lowrank_optax.door import FixedRankState
@@ -39,6 +40,7 @@ _LAZY = {"checkpoint": "", "export_lora": "export", "linen": "", "nnx": ""}
 __all__ = [
     "Axes",
     "Balanced",
+    "BlockLowRank",
     "Coefficient",
     "Diagnostics",
     "FixedRankState",

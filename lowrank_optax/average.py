@@ -44,7 +44,7 @@ def incremental_update(new: Any, old: Any, step_size: float | jax.Array) -> Any:
 
     def one(a: Any, b: Any) -> Any:
         if is_lowrank(a):
-            t = jnp.broadcast_to(jnp.asarray(step_size), b.batch_shape)
+            t = jnp.broadcast_to(jnp.asarray(step_size), b.stack_shape)
             return map_kernel(_mean, b, a, t, width=max(a.width, b.width))
         return optax.incremental_update(a, b, step_size).astype(b.dtype)
 

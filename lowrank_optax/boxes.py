@@ -87,16 +87,13 @@ def _without(is_around: Callable[[Any], bool], tree: Any, take: Any, put: Any) -
 # --- kernels ----------------------------------------------------------------------------
 
 
-def boxed_factors(box: Any, W: LowRank) -> LowRank:
+def boxed_factors(box: Any, W: Any) -> Any:
     """The kernel with a box around each factor, given the box of the dense kernel."""
     if not is_box(box):
         return W
-    u, s, v = factor_entries(names_of(box), W.ndim, Axes(len(W.batch_shape), len(W.in_shape)))
-    return LowRank(
-        named(box, (*u, None), W.U),
-        named(box, (*s, None, None), W.S),
-        named(box, (*v, None), W.V),
-    )
+    entries = factor_entries(names_of(box), W.ndim, Axes(len(W.batch_shape), len(W.in_shape)))
+    factors = zip(entries, (W.U, W.S, W.V), strict=True)
+    return type(W)(*(named(box, (*names, *(None,) * (len(x.shape) - len(names))), x) for names, x in factors))
 
 
 def boxed_dense(like: Any, dense: jax.Array) -> Any:
@@ -104,8 +101,9 @@ def boxed_dense(like: Any, dense: jax.Array) -> Any:
     if not is_lowrank(like) or not is_box(like.U):
         return closed(like, dense)
     W = unboxed(like)[0]
-    u, v = (names_of(x)[:-1] for x in (like.U, like.V))
-    return named(like.U, (*u, *v[len(W.batch_shape) :]), dense)
+    batch, inputs, outputs = (len(axes) for axes in (W.batch_shape, W.in_shape, W.out_shape))
+    u, v = names_of(like.U)[: batch + inputs], names_of(like.V)[batch : batch + outputs]
+    return named(like.U, (*u, *v), dense)
 
 
 def refuse_unfactored_boxes(params: Any) -> None:

@@ -45,7 +45,7 @@ def check_kernels(params: Any, geometry: Geometry) -> None:
     kernels = []
     for path, W in jax.tree_util.tree_leaves_with_path(params, is_leaf=geometry.owns):
         if geometry.owns(W):
-            geometry.check(path_name(path), W)
+            geometry.of(W).check(path_name(path), W)
             if isinstance(geometry, Factored):
                 kernels.append((path_name(path), W))
     if isinstance(geometry, Factored) and not kernels:

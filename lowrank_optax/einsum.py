@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import string
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.axes import Axes
+from lowrank_optax.blocks import BlockLowRank
 from lowrank_optax.lowrank import absorb, contract, is_lowrank
 
 
@@ -141,6 +143,8 @@ def einsum(
             f"where=lambda path, shape: lro.einsum_axes({equation!r})"
         )
     W = W.T if e.transposed else W
+    if isinstance(W, BlockLowRank):
+        return _with_grid(e, x, W, options, kwargs.get("out_sharding"))
     size = dict(zip(e.x, jnp.shape(x), strict=True))
     rows = math.prod(size[c] for c in e.x if c not in e.inputs + e.stacked)
     U, S, V = absorb(W, rows, **options)
@@ -153,11 +157,29 @@ def einsum(
     order = [c for c in letters if c != r]
     in_order = "".join([*order, *e.outputs]) == e.y
     letters, y = _product(letters, z, e.stacked + e.outputs + r, V, r, **options, **(kwargs if in_order else {}))
-    if letters == e.y:
+    return _in_order(y, letters, e.y, kwargs.get("out_sharding"))
+
+
+def _in_order(y: jax.Array, letters: str, wanted: str, spec: Any) -> jax.Array:
+    """The axes of an array in the wanted order; a product in this order has its sharding already."""
+    if letters == wanted:
         return y
-    y = jnp.transpose(y, [letters.index(c) for c in e.y])
-    spec = kwargs.get("out_sharding")
+    y = jnp.transpose(y, [letters.index(c) for c in wanted])
     return y if spec is None else jax.sharding.reshard(y, spec)
+
+
+def _with_grid(e: _Equation, x: jax.Array, W: BlockLowRank, options: dict[str, Any], spec: Any) -> jax.Array:
+    """The product with a grid of blocks, whose stages are not letters of the equation."""
+    rest = "".join(c for c in e.x if c not in e.inputs + e.stacked)
+
+    def run(letters: str, stacked: str, x: jax.Array, W: BlockLowRank) -> jax.Array:
+        if stacked:  # one kernel after the other; x has an axis for them, or all kernels share it
+            axis = letters.find(stacked[0])
+            inner = functools.partial(run, letters.replace(stacked[0], ""), stacked[1:])
+            return jax.vmap(inner, in_axes=(None if axis < 0 else axis, 0))(x, W)
+        return W.product(x, tuple(map(letters.index, e.inputs)), (), **options)
+
+    return _in_order(run(e.x, e.stacked, x, W), e.stacked + rest + e.outputs, e.y, spec)
 
 
 def _product(a: str, x: jax.Array, b: str, factor: jax.Array, summed: str, **options: Any) -> tuple[str, jax.Array]:

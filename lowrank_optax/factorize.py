@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from lowrank_optax import manifold as mf
 from lowrank_optax.axes import Axes as Axes
 from lowrank_optax.axes import Rank, Where, check_where, matrix_shape, rank_number, split_axes
 from lowrank_optax.boxes import boxed_dense, boxed_factors, is_box, opened, unboxed
+from lowrank_optax.grids import Blocks, grid_of
 from lowrank_optax.layout import map_kernel
 from lowrank_optax.lowrank import LowRank, is_lowrank
 from lowrank_optax.paths import path_name, refuse_nnx
@@ -28,12 +30,14 @@ def factorize(
     max_rank: Rank | None = None,
     where: Where | None = None,
     scale: float = 1.0,
+    blocks: Blocks | None = None,
 ) -> Any:
     r"""Replaces the chosen kernels of a parameter tree by their truncated SVD.
 
     .. math:: W \approx U S V^\top, \quad S = \mathrm{diag}(\sigma_1, \dots, \sigma_r)
 
-    This is the best approximation of rank r in the Frobenius norm. Leaves that are not chosen, and
+    This is the best approximation of rank r in the Frobenius norm. With `blocks` every kernel becomes a grid of blocks,
+    each the best approximation of its block, see `BlockLowRank`. Leaves that are not chosen, and
     kernels that are factored already, are returned as they are.
 
     Args:
@@ -52,6 +56,10 @@ def factorize(
       scale: factor on the singular values. 1 keeps the function of a trained model. Training from scratch reaches a
         lower loss from about 0.2: a step h turns a pair of singular vectors by about h / sigma, so small singular
         values leave random initial directions sooner (RESULTS.md, pre-training).
+      blocks: b for a grid of b x b blocks, (b, c) for b rows and c columns, "auto" for b = `rank`, or a callable of path
+        and dense shape that returns one of them or None. `rank` keeps its meaning for the number of parameters: a
+        block gets rank `rank / b`, rounded, at least 1. Axes shorter than b get as many blocks as they have entries;
+        of an axis that b does not divide the last block is smaller. None, the default, is one block.
 
     Returns:
       The tree with `LowRank` nodes, in the dtype of the parameters. A kernel in a box of Flax (`nn.with_partitioning`,
@@ -106,8 +114,11 @@ def factorize(
         width = r if max_rank is None else rank_number(max_rank, name, shape, limit)
         if width < r:
             raise ValueError(f"max_rank {width} is below rank {r} for the kernel {name!r}")
-        W = truncated_kernel(jnp.asarray(leaf), axes, r, min(width, limit))
-        return boxed_factors(box, LowRank(W.U, (scale * W.S).astype(W.S.dtype), W.V))
+        grid = grid_of(blocks, r, name, shape, axes)
+        if not grid.is_one:
+            r, width = (grid.width(x, shape, axes) for x in (r, width))
+        W = truncated_kernel(jnp.asarray(leaf), axes, r, min(width, limit), grid)
+        return boxed_factors(box, dataclasses.replace(W, S=(scale * W.S).astype(W.S.dtype)))
 
     out = jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda x: is_lowrank(x) or is_box(x))
     if seen and not chosen and (where is None or hasattr(where, "reasons")):

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 
 from lowrank_optax import linalg
 from lowrank_optax.axes import Axes, Rank, matrix_shape, rank_number
+from lowrank_optax.blocks import BlockLowRank, split_blocks
 from lowrank_optax.boxes import boxed_factors, opened
+from lowrank_optax.grids import Blocks, grid_of
 from lowrank_optax.layout import map_matrices
 from lowrank_optax.lowrank import LowRank
-from lowrank_optax.truncate import factors, with_axes
+from lowrank_optax.truncate import blocks_with_axes, factors, with_axes
 
 
 def lowrank_init(
@@ -22,7 +24,8 @@ def lowrank_init(
     *,
     max_rank: Rank | None = None,
     axes: Axes | None = None,
-) -> Callable[..., LowRank]:
+    blocks: Blocks | None = None,
+) -> Callable[..., LowRank | BlockLowRank]:
     r"""A Flax-style initialiser that draws a `LowRank` kernel of the scale of a dense initialiser.
 
     The draw is :math:`W = c\,A B^\top` with Gaussian A (m x r) and B (n x r), orthonormalised, and c such
@@ -37,9 +40,10 @@ def lowrank_init(
       max_rank: width of the factors, default `rank`.
       axes: split of the axes of the kernel; default: two axes are (in, out), more are a convolution's
         (everything but the last axis is input).
+      blocks: a grid of blocks, see `factorize`; every block is drawn so.
 
     Returns:
-      Callable `(key, shape, dtype) -> LowRank`.
+      Callable `(key, shape, dtype)` that returns a `LowRank`, or with `blocks` a `BlockLowRank`.
 
     Raises:
       ValueError: on call, if the rank exceeds `min(m, n)`.
@@ -52,7 +56,7 @@ def lowrank_init(
     """
     base = jax.nn.initializers.lecun_normal() if base_init is None else base_init
 
-    def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> LowRank:
+    def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> LowRank | BlockLowRank:
         shape = tuple(shape)
         split = Axes(0, len(shape) - 1) if axes is None else axes
         m, n = matrix_shape(shape, split)
@@ -65,10 +69,17 @@ def lowrank_init(
         work, batch = linalg.working_dtype(jnp.empty((), dtype)), shape[: split.batch]
         base_key, u_key, v_key = jax.random.split(key, 3)
         drawn: Any = base(base_key, shape, work)
-        dense = opened(drawn).reshape(*batch, 1, -1)
-        a, b = (jax.random.normal(k, (*batch, size, width), work) for k, size in ((u_key, m), (v_key, n)))
+        dense = opened(drawn)
+        grid = grid_of(blocks, r, "", shape, split)
+        if grid.is_one:
+            dense, with_own_axes = dense.reshape(*batch, m, n), with_axes
+        else:
+            dense, with_own_axes = split_blocks(dense, split.batch, split.inputs, grid), blocks_with_axes
+            r, width = (grid.width(x, shape, split) for x in (r, width))
+        *stack, m, n = dense.shape
+        a, b = (jax.random.normal(k, (*stack, size, width), work) for k, size in ((u_key, m), (v_key, n)))
         W = map_matrices(_product_of_norm, a, b, map_matrices(linalg.norm, dense), rank=r)
-        return boxed_factors(drawn, with_axes(W, shape, split).astype(dtype))
+        return boxed_factors(drawn, with_own_axes(W, shape, split).astype(dtype))
 
     return init
 

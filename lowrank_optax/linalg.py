@@ -91,8 +91,12 @@ def first_columns(x: jax.Array, rank: Any) -> jax.Array:
 Decomposition = Callable[[jax.Array], tuple[jax.Array, ...]]
 
 
-def decomposition(f: Decomposition, on_gpu: Decomposition | None = None) -> Decomposition:
-    """`f` of one matrix; in a batch one batched call, on CPU one call after the other. Its derivative is refused.
+def decomposition(
+    f: Decomposition, on_gpu: Decomposition | None = None, of_number: Decomposition | None = None
+) -> Decomposition:
+    """`f` of one matrix; `of_number` is its closed form for 1 x 1 matrices, such as kernels of rank 1 have.
+
+    More than one matrix: in a batch one batched call, on CPU one call after the other. Its derivative is refused.
 
     A batched LAPACK call of jaxlib hands its matrices to the thread pool it runs on and waits for them. If as many
     such calls run at once as the pool has threads (two, on two cores), all wait and the program hangs, as seen with
@@ -102,6 +106,8 @@ def decomposition(f: Decomposition, on_gpu: Decomposition | None = None) -> Deco
 
     @jax.custom_jvp
     def decompose(x: jax.Array) -> tuple[jax.Array, ...]:
+        if of_number is not None and x.shape == (1, 1):
+            return of_number(x)
         gpu = on_gpu or f
         return jax.lax.platform_dependent(x, cpu=sequential, cuda=gpu, rocm=gpu, default=f)
 
@@ -139,7 +145,11 @@ def _thin_svd(x: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(jnp.linalg.svd(x, full_matrices=False))
 
 
-_svd = decomposition(_thin_svd, on_gpu=lambda x: svd_by_eigh(x) if x.shape[0] == x.shape[1] <= 512 else _thin_svd(x))
+_svd = decomposition(
+    _thin_svd,
+    on_gpu=lambda x: svd_by_eigh(x) if x.shape[0] == x.shape[1] <= 512 else _thin_svd(x),
+    of_number=lambda x: (_signs(x), jnp.abs(x)[0], jnp.ones_like(x)),
+)
 _qr = decomposition(lambda x: tuple(jnp.linalg.qr(x, mode="reduced")))
 
 
@@ -151,11 +161,13 @@ def leading_eigenvectors(x: jax.Array, k: int) -> jax.Array:
     return _eigh(x)[1][:, ::-1][:, :k]
 
 
-@decomposition
-def _cholesky(x: jax.Array) -> tuple[jax.Array, ...]:
+def _cholesky_of_matrix(x: jax.Array) -> tuple[jax.Array, ...]:
     lower = jnp.linalg.cholesky(x, symmetrize_input=False)
     inverse = jax.lax.linalg.triangular_solve(lower, jnp.eye(x.shape[-1], dtype=x.dtype), left_side=True, lower=True)
     return lower.T, inverse.T
+
+
+_cholesky = decomposition(_cholesky_of_matrix, of_number=lambda x: (jnp.sqrt(x), 1 / jnp.sqrt(x)))
 
 
 def svd(x: jax.Array, toward: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:

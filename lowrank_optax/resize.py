@@ -17,7 +17,7 @@ from lowrank_optax.diagnostics import ranks
 from lowrank_optax.door import FixedRankState, nodes
 from lowrank_optax.geometry import Info, geometry_of, is_coordinates
 from lowrank_optax.layout import map_kernel, map_numbers
-from lowrank_optax.lowrank import LowRank, flatten, is_lowrank
+from lowrank_optax.lowrank import LowRank, is_lowrank
 from lowrank_optax.paths import path_name
 from lowrank_optax.rank import relative_tail
 
@@ -90,7 +90,7 @@ def resize(params: Any, opt_state: Any = None, rank: Rank | None = None) -> tupl
 
 def _plan(name: str, W: LowRank, rank: Rank | None) -> _Move | None:
     """The move of one kernel; None if it stays the same to the bit."""
-    shapes = jax.eval_shape(flatten, W)
+    shapes = jax.eval_shape(lambda W: W.flatten(), W)
     limit = min(shapes.U.shape[-2], shapes.V.shape[-2])
     S = W.S.astype(linalg.working_dtype(W.U, W.S, W.V))
     if rank is None:
@@ -212,7 +212,7 @@ def buckets(params: Any, size: int = 8, *, max_rank: Rank | None = None) -> Call
     active = {name: max(1, int(jnp.max(rank))) for name, rank in ranks(params).items()}
 
     def width(name: str, shape: tuple[int, ...]) -> int:
-        F, k = jax.eval_shape(flatten, kernels[name]), active[name]
+        F, k = jax.eval_shape(lambda W: W.flatten(), kernels[name]), active[name]
         limit = min(F.U.shape[-2], F.V.shape[-2])
         most = limit if max_rank is None else min(limit, rank_number(max_rank, name, shape, limit))
         least, roomy = (min(most, -(-x // size) * size) for x in (k + 1, k + 1 + size // 2))

@@ -158,7 +158,7 @@ def _map_mirrors(f: Callable[..., Any], state: Any, owners: dict[tuple[str, ...]
         factor = mirrors.get(key[-1]) if key else None
         if factor is None:  # a field of the diagnostics of a kernel
             return f(x, _of_batch(x, W, factors), boxes)
-        mirrored = _factor_mirror(x, getattr(W, factor), getattr(factors, factor), len(W.batch_shape))
+        mirrored = _factor_mirror(x, W, factor, getattr(factors, factor))
         return f(x, mirrored, boxes)
 
     return jax.tree_util.tree_map_with_path(one, state)
@@ -182,12 +182,12 @@ def _spec(name: str, x: Any, dense: Any) -> Any:
         raise ValueError(f"the spec {dense} of {name!r} has more axes than its dense shape {tuple(jnp.shape(x))}")
     if not is_lowrank(x):
         return dense
-    return factor_specs(dense, x.ndim, Axes(len(x.batch_shape), len(x.in_shape)))
+    return factor_specs(dense, x.ndim, Axes(len(x.batch_shape), len(x.in_shape)), type(x))
 
 
-def factor_specs(dense: PartitionSpec, ndim: int, split: Axes) -> LowRank:
-    """The specs of the factors of a kernel of `ndim` axes."""
-    return LowRank(*map(_short, factor_entries(dense, ndim, split)))  # type: ignore[arg-type]
+def factor_specs(dense: PartitionSpec, ndim: int, split: Axes, kind: Any = LowRank) -> Any:
+    """The specs of the factors of a kernel of `ndim` axes, as a node of the class of the kernel."""
+    return kind(*map(_short, factor_entries(dense, ndim, split)))
 
 
 def _short(axes: tuple[Any, ...]) -> Any:
@@ -205,18 +205,32 @@ def _mirrors() -> dict[str, str]:
 
 def _of_batch(x: Any, W: LowRank, spec: Any) -> PartitionSpec:
     """The spec of an array with one number for every kernel of a stack; other arrays are replicated."""
-    return _short(tuple(spec.S)[: len(W.batch_shape)]) if jnp.shape(x) == W.batch_shape else PartitionSpec()
+    of_stack = jnp.shape(x) in (W.batch_shape, W.stack_shape)
+    return _short(tuple(spec.S)[: len(W.batch_shape)]) if of_stack else PartitionSpec()
 
 
-def _factor_mirror(y: Any, factor: Any, spec: PartitionSpec, batch: int) -> PartitionSpec:
-    if jnp.shape(y) == jnp.shape(factor):
+def _factor_mirror(y: Any, W: Any, name: str, spec: PartitionSpec) -> PartitionSpec:
+    """The spec of a moment that mirrors the factor of a name."""
+    if jnp.shape(y) == jnp.shape(getattr(W, name)):
         return spec
-    if jnp.ndim(y) != batch + 2:
+    batch = len(W.batch_shape)
+    if jnp.ndim(y) != len(W.stack_shape) + 2:
         return PartitionSpec()
+    if len(W.stack_shape) > batch:
+        return _of_grid(W, name, tuple(spec))
     # Moments have their rows in one axis. If it joins several axes and another than the first is sharded, its rows are
     # split over as many devices, but in another order.
     axes = (*spec, *(None,) * batch)
     return _short((*axes[:batch], _merged(tuple(spec)[batch:])))
+
+
+def _of_grid(W: Any, name: str, spec: tuple[Any, ...]) -> PartitionSpec:
+    """The spec of a moment `(batch..., b, c, rows, s)` of a grid. Blocks split the last axis of a factor."""
+    batch, axes = len(W.batch_shape), W.in_shape if name == "U" else W.out_shape
+    entries = (*spec, *(None,) * (batch + len(axes) - len(spec)))
+    *others, last = entries[batch : batch + len(axes)]
+    grid = (last, None) if name == "U" else (None, last)
+    return _short((*entries[:batch], *grid, _merged(tuple(others))))
 
 
 def _merged(entries: tuple[Any, ...]) -> Any:

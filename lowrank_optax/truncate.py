@@ -11,16 +11,27 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_optax import linalg
 from lowrank_optax.axes import Axes, matrix_shape
+from lowrank_optax.blocks import BlockLowRank, split_blocks
+from lowrank_optax.grids import Grid
 from lowrank_optax.layout import map_matrices
 from lowrank_optax.lowrank import LowRank
 from lowrank_optax.sharding import factor_specs
 
 
-def truncated_kernel(W: jax.Array, axes: Axes, rank: int, width: int) -> LowRank:
+def truncated_kernel(W: jax.Array, axes: Axes, rank: int, width: int, grid: Grid) -> LowRank | BlockLowRank:
     """Truncated SVD of a kernel in factors of `width` columns, sharded as `partition_specs` says of the kernel's spec.
 
     A kernel whose matrices are split over devices is never gathered, see `_truncated_by_gram`.
+
+    Args:
+      W: the dense kernel.
+      axes: its axes.
+      rank: singular values that are kept, of every block.
+      width: columns of the factors of every block.
+      grid: the blocks; for more than one the result is a `BlockLowRank`.
     """
+    if not grid.is_one:
+        return _truncated_blocks(W, axes, rank, width, grid)
     sharding = _sharding(W)
     if sharding is None:
         return _truncated(W, axes, rank, width)
@@ -34,6 +45,23 @@ def truncated_kernel(W: jax.Array, axes: Axes, rank: int, width: int) -> LowRank
         f = functools.partial(_truncated, axes=axes, rank=rank, width=width, sharding=static[-1])
         return jax.sharding.auto_axes(f, axes=explicit, out_sharding=shardings)(W)
     return _placed(*static, *shardings_of(shardings))(W)
+
+
+def _truncated_blocks(W: jax.Array, axes: Axes, rank: int, width: int, grid: Grid) -> BlockLowRank:
+    """The truncated SVD of every block."""
+
+    def truncated(W: jax.Array) -> BlockLowRank:
+        blocks = split_blocks(W.astype(linalg.working_dtype(W)), axes.batch, axes.inputs, grid)
+        return blocks_with_axes(map_matrices(_truncated_svd, blocks, rank=rank, width=width), W.shape, axes).astype(W.dtype)
+
+    sharding = _sharding(W)
+    if sharding is None:
+        return jax.jit(truncated)(W)
+    specs = factor_specs(sharding.spec, W.ndim, axes, BlockLowRank)
+    shardings = jax.tree.map(lambda s: NamedSharding(sharding.mesh, s), specs)
+    if explicit := jax.typeof(W).sharding.mesh.explicit_axes:
+        return jax.sharding.auto_axes(truncated, axes=explicit, out_sharding=shardings)(W)
+    return jax.jit(truncated, out_shardings=shardings)(W)
 
 
 def shardings_of(shardings: LowRank) -> tuple[Any, Any, Any]:
@@ -116,6 +144,16 @@ def _truncated_by_gram(W: jax.Array, rank: int, width: int) -> LowRank:
 def factors(U: jax.Array, sigma: jax.Array, V: jax.Array, rank: int) -> LowRank:
     """The kernel of the first `rank` singular triples; the other columns are padding beside exact zeros."""
     return LowRank(U, linalg.diagonal(jnp.where(linalg.rank_mask(rank, sigma.shape[0]), sigma, 0.0)), V)
+
+
+def blocks_with_axes(W: LowRank, shape: tuple[int, ...], axes: Axes) -> BlockLowRank:
+    """The grid of the factors `(batch..., b, c, rows, s)` of blocks, with the axes of the dense kernel."""
+    batch, inner, s = shape[: axes.batch], axes.batch + axes.inputs, W.S.shape[-1]
+    b, c = W.S.shape[axes.batch : axes.batch + 2]
+    empty = jax.ShapeDtypeStruct  # only the axes of the form are read
+    U, V = (empty((*batch, *own, n, s), W.S.dtype) for own, n in ((shape[axes.batch : inner], c), (shape[inner:], b)))
+    form: Any = BlockLowRank(U, empty(W.S.shape, W.S.dtype), V)  # type: ignore[arg-type]
+    return form.unflatten(W)
 
 
 def with_axes(W: LowRank, shape: tuple[int, ...], axes: Axes) -> LowRank:

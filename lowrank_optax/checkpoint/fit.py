@@ -11,14 +11,18 @@ import numpy as np
 from lowrank_optax.boxes import opened
 from lowrank_optax.checkpoint.fingerprint import Description, dtype_name, is_python, leaf_name
 from lowrank_optax.geometry.base import is_coordinates, registered_coordinates
-from lowrank_optax.lowrank import LowRank
+from lowrank_optax.factors import FactoredKernel
 from lowrank_optax.paths import path_name
 
 
 def width_axes(kind: type) -> dict[str, int]:
     """For each field of a kernel or moment, how many of its last axes are the width of the kernel."""
-    mirrors = {"U": "U", "S": "S", "V": "V"} if kind is LowRank else registered_coordinates()[kind].mirrors
+    mirrors = dict(zip("USV", "USV", strict=True)) if _is_kernel(kind) else registered_coordinates()[kind].mirrors
     return {field: 2 if factor == "S" else 1 for field, factor in mirrors.items()}
+
+
+def _is_kernel(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, FactoredKernel)
 
 
 def _geometry_name(kind: type) -> str:
@@ -31,7 +35,7 @@ class Node(NamedTuple):
     Attributes:
       name: of the node, see `leaf_name`.
       parts: keys of its path, without the wrappers of nnx.
-      kind: `LowRank` for a kernel, a class of coordinates for a moment, None for other leaves.
+      kind: the class of a kernel, a class of coordinates for a moment, None for other leaves.
       fields: its leaves by name, in the order of `width_axes`.
     """
 
@@ -42,8 +46,8 @@ class Node(NamedTuple):
 
     @property
     def is_kernel(self) -> bool:
-        """True for `LowRank`."""
-        return self.kind is LowRank
+        """True for a factored kernel."""
+        return _is_kernel(self.kind)
 
     @property
     def is_mirror(self) -> bool:
@@ -84,7 +88,7 @@ def nodes_of(tree: Any) -> list[Node]:
 
 
 def _is_node(x: Any) -> bool:
-    is_kind = isinstance(x, LowRank) or is_coordinates(x)
+    is_kind = isinstance(x, FactoredKernel) or is_coordinates(x)
     return is_kind and all(hasattr(opened(getattr(x, field)), "ndim") for field in width_axes(type(x)))
 
 

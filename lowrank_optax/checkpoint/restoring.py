@@ -6,9 +6,11 @@ import warnings
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lowrank_optax.blocks import BlockLowRank
 from lowrank_optax.checkpoint import fit
 from lowrank_optax.checkpoint.fingerprint import Description, changed_leaves, leaf_name, named_leaves
 from lowrank_optax.checkpoint.folder import (
@@ -211,7 +213,7 @@ def _values(
 
 
 def rebuild(tree: Any) -> Any:
-    """Makes `LowRank` nodes of the dicts `{"U", "S", "V"}` that orbax returns when it restores without a target.
+    """Makes nodes of factored kernels of the dicts `{"U", "S", "V"}` that orbax returns when it restores without a target.
 
     Args:
       tree: the result of `manager.restore(step)`.
@@ -232,9 +234,16 @@ def rebuild(tree: Any) -> Any:
         return not any(map(_is_container, map(_without_box, x.values())))
 
     def node(x: Any) -> Any:
-        return LowRank(**{name: _without_box(y) for name, y in x.items()}) if is_node(x) else x
+        return _kernel(**{name: _without_box(y) for name, y in x.items()}) if is_node(x) else x
 
     return jax.tree.map(node, tree, is_leaf=is_node)
+
+
+def _kernel(U: Any, S: Any, V: Any) -> Any:
+    """The form is told by the axes in front of the matrices of S, which a `LowRank` has in all factors."""
+    stack = jnp.shape(S)[:-2]
+    same = all(jnp.shape(x)[: len(stack)] == stack for x in (U, V))
+    return LowRank(U, S, V) if same else BlockLowRank(U, S, V)
 
 
 def _without_box(x: Any) -> Any:

@@ -12,6 +12,7 @@ from lowrank_optax.geometry.base import (
     polar_factor,
     register_coordinates,
 )
+from lowrank_optax.geometry.blocks import BlockPair, Blocks, BlockTangent
 from lowrank_optax.geometry.coefficient import Coefficient, Coefficients, Frozen
 from lowrank_optax.geometry.euclidean import Euclidean
 from lowrank_optax.geometry.factored import Factored
@@ -20,6 +21,9 @@ from lowrank_optax.manifold import Tangent as TangentVector
 
 __all__ = [
     "Balanced",
+    "BlockPair",
+    "BlockTangent",
+    "Blocks",
     "Coefficient",
     "Coefficients",
     "Euclidean",

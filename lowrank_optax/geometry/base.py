@@ -80,6 +80,10 @@ class Geometry:
     def check(self, name: str, leaf: Any) -> None:
         """Raises ValueError for a weight that `init` cannot accept. Shapes only: values may be unknown."""
 
+    def of(self, leaf: Any) -> Geometry:
+        """The geometry that moves a weight of its own: this one, or one made of it for another form of weights."""
+        return self
+
     def batch_axes(self, leaf: Any) -> int:
         """The number of leading axes that index independent weights."""
         return 0
@@ -144,12 +148,13 @@ class Coordinates(NamedTuple):
 
     geometry: Geometry
     mirrors: dict[str, str]
+    axes: int
 
 
 _COORDINATES: dict[type, Coordinates] = {}
 
 
-def register_coordinates(kind: type, geometry: Geometry, mirrors: dict[str, str]) -> None:
+def register_coordinates(kind: type, geometry: Geometry, mirrors: dict[str, str], axes: int = 2) -> None:
     """Makes a class known as coordinates of a kernel: to inner transformations, `resize`, specs and checkpoints.
 
     A state of nnx keeps the names of fields and not their class, so a name means one factor in all classes.
@@ -158,6 +163,7 @@ def register_coordinates(kind: type, geometry: Geometry, mirrors: dict[str, str]
       kind: the class, with one array in each field.
       geometry: `resize` carries moments in these coordinates by its `rebase` and `carry`.
       mirrors: for each field in order, the factor "U", "S" or "V" whose shape and sharding it has.
+      axes: the number of axes of each array that belong to one kernel: 2 for matrices. Axes in front stack kernels.
 
     Raises:
       ValueError: for another factor than these three, or for a name that another class gives to another factor.
@@ -173,7 +179,7 @@ def register_coordinates(kind: type, geometry: Geometry, mirrors: dict[str, str]
                     f"{kind.__name__}.{field} mirrors {factor}, but {other.__name__}.{field} mirrors {taken[field]}: "
                     "choose another name for the field"
                 )
-    _COORDINATES[kind] = Coordinates(geometry, mirrors)
+    _COORDINATES[kind] = Coordinates(geometry, mirrors, axes)
 
 
 def is_coordinates(x: Any) -> bool:

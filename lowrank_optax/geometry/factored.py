@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lowrank_optax import linalg
 from lowrank_optax import manifold as mf
 from lowrank_optax.geometry.base import Geometry, Info
-from lowrank_optax.lowrank import LowRank, flatten, has_arrays, is_lowrank, unflatten
+from lowrank_optax.lowrank import LowRank, has_arrays, is_lowrank
 
 
 class Factored(Geometry):
@@ -32,17 +32,30 @@ class Factored(Geometry):
         """Raises ValueError for shapes or dtypes that no factorisation has."""
         check_factors(name, leaf)
 
+    def of(self, leaf: Any) -> Geometry:
+        """For a grid of blocks, this geometry of every block."""
+        if isinstance(leaf, LowRank):
+            return self
+        from lowrank_optax.geometry.blocks import blocks_in  # made of geometries like this one
+
+        return blocks_in(self)
+
     def batch_axes(self, leaf: LowRank) -> int:
-        """The axes of S in front of its two matrix axes."""
-        return leaf.S.ndim - 2
+        """Batch axes, and the axes of a grid of blocks."""
+        return len(leaf.stack_shape)
 
     def weight(self, x: LowRank, like: LowRank) -> LowRank:
         """One input and one output axis, float32 or better."""
-        return flatten(x.astype(linalg.working_dtype(like.U, like.S, like.V)))
+        return x.astype(linalg.working_dtype(like.U, like.S, like.V)).flatten()
+
+    def difference(self, new: LowRank, old: LowRank, like: Any) -> LowRank:
+        """Factor by factor; `like` may be a grid, whose weights are stacks of matrices."""
+        factors = zip(jax.tree.leaves(new), jax.tree.leaves(old), (like.U, like.S, like.V), strict=True)
+        return LowRank(*(x.astype(z.dtype) - y.astype(z.dtype) for x, y, z in factors))
 
     def leaf(self, x: LowRank, like: LowRank) -> LowRank:
         """The input and output axes of the kernel."""
-        return unflatten(x, like)
+        return like.unflatten(x)
 
     truncates: ClassVar[bool] = True
 

@@ -105,6 +105,7 @@ class Layout:
         leaf = self._leaves[members[0]]
         if not geometry.owns(leaf):
             return Group(_EUCLIDEAN, members)
+        geometry = geometry.of(leaf)
         batch = geometry.batch_axes(leaf)
 
         def template(leaf: Any) -> Any:
@@ -261,7 +262,7 @@ def _key(geometry: Geometry, leaf: Any) -> Any:
     weight = jax.eval_shape(lambda x: geometry.weight(x, x), _shapes(leaf))
     dtypes = (jnp.result_type(x) for x in jax.tree.leaves(leaf))
     shapes = (x.shape for x in jax.tree.leaves(weight))
-    return jax.tree.structure(weight), *shapes, *dtypes, *map(spec, jax.tree.leaves(leaf))
+    return geometry.of(leaf), jax.tree.structure(weight), *shapes, *dtypes, *map(spec, jax.tree.leaves(leaf))
 
 
 def _shapes(leaf: Any) -> Any:

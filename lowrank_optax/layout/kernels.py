@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 
+from lowrank_optax.geometry.base import registered_coordinates
 from lowrank_optax.layout.mesh import Mesh
 from lowrank_optax.linalg import highest_precision, working_dtype
-from lowrank_optax.lowrank import LowRank, cast_like, flatten, is_lowrank, unflatten
+from lowrank_optax.lowrank import LowRank, cast_like, is_lowrank
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -45,16 +46,17 @@ def map_kernel(f: Callable[..., Any], W: LowRank, *args: Any, **static: Any) -> 
     dtype = working_dtype(W.U, W.S, W.V)
 
     def working(x: Any) -> Any:
-        return jax.tree.map(lambda y: flatten(y.astype(dtype)) if is_lowrank(y) else y, x, is_leaf=is_lowrank)
+        return jax.tree.map(lambda y: y.astype(dtype).flatten() if is_lowrank(y) else y, x, is_leaf=is_lowrank)
 
     def run(W: LowRank, *args: Any) -> Any:
-        out = mapped(f, len(W.batch_shape), tuple(static.items()), working((W, *args)))
-        back = lambda y: cast_like(unflatten(y, W), W) if is_lowrank(y) else y  # noqa: E731
+        out = mapped(f, len(W.stack_shape), tuple(static.items()), working((W, *args)))
+        back = lambda y: cast_like(W.unflatten(y), W) if is_lowrank(y) else y  # noqa: E731
         return jax.tree.map(back, out, is_leaf=is_lowrank)
 
     return Mesh(W).auto(run, W, *args)
 
 
 def map_coordinates(f: Callable[..., Any], x: Any, **static: Any) -> Any:
-    """`f` of the coordinates of every kernel of a stack, which are matrices behind the same batch axes."""
-    return Mesh(x).auto(functools.partial(map_matrices, f, **static), x, like=x)
+    """`f` of the coordinates of every kernel of a stack, which are behind the same batch axes."""
+    axes = jax.tree.leaves(x)[0].ndim - registered_coordinates()[type(x)].axes
+    return Mesh(x).auto(lambda x: mapped(f, axes, tuple(static.items()), (x,)), x, like=x)

@@ -7,6 +7,7 @@ from typing import Any
 
 from flax import serialization
 
+from lowrank_optax.blocks import BlockLowRank
 from lowrank_optax.geometry import Coefficients
 from lowrank_optax.lowrank import LowRank
 
@@ -29,5 +30,6 @@ def _register(kind: Any, names: tuple[str, ...]) -> None:
     serialization.register_serialization_state(kind, to_state_dict, from_state_dict, override=True)
 
 
-_register(LowRank, ("U", "S", "V"))
+for _kernel in (LowRank, BlockLowRank):
+    _register(_kernel, ("U", "S", "V"))
 _register(Coefficients, ("N",))

@@ -9,12 +9,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import errors
 
 from lowrank_optax.axes import Axes
+from lowrank_optax.blocks import BlockLowRank, grouped_kernel, padded_channels
 from lowrank_optax.einsum import einsum, einsum_axes, output_sizes
 from lowrank_optax.linen.registry import register
-from lowrank_optax.lowrank import LowRank, absorb, contract
+from lowrank_optax.lowrank import LowRank, absorb, contract, dot_general
 
 # Hooks that create variables of their own (fp8) and therefore do not run on a detached layer.
 _VARIABLE_HOOKS = ("dot_general_cls", "conv_general_dilated_cls")
@@ -56,27 +58,55 @@ def _kernel_shape(layer: Any, inputs: Any) -> tuple[int, ...]:
     return (*_tuple(layer.kernel_size), shape[-1], layer.features)
 
 
-def forward(layer: Any, kernel: LowRank, bias: Any, inputs: Any, *args: Any, **kwargs: Any) -> jax.Array:
-    """The output of a detached stock layer whose kernel is `kernel`.
-
-    The layer itself runs with U as its kernel, so padding, axes and dtypes are Flax's own; S and V
-    act on its r output channels.
-    """
+def forward(layer: Any, kernel: Any, bias: Any, inputs: Any, *args: Any, **kwargs: Any) -> jax.Array:
+    """The output of a detached stock layer whose kernel is `kernel`, a factored one."""
     inputs, U, S, V, bias = layer.promote_dtype(inputs, kernel.U, kernel.S, kernel.V, bias, dtype=layer.dtype)
+    W = type(kernel)(U, S, V)
+    run = _through_grid if isinstance(W, BlockLowRank) else _through_basis
+    y = run(layer, W, inputs, *args, **kwargs)
+    if bias is None:
+        return y
+    free = (1,) * (y.ndim - len(W.batch_shape) - len(W.out_shape))
+    return y + bias.reshape(W.batch_shape + free + W.out_shape)
+
+
+def _through_basis(layer: Any, W: LowRank, inputs: Any, *args: Any, **kwargs: Any) -> jax.Array:
+    """The layer itself runs with U as its kernel, so padding and axes are Flax's own; S and V act on r channels."""
     dense = isinstance(layer, nn.Dense | nn.DenseGeneral)
-    row = kernel.batch_shape + (kernel.in_shape if dense else kernel.in_shape[-1:])
-    U, S, V = absorb(LowRank(U, S, V), inputs.size // math.prod(row), precision=layer.precision)
-    narrow = layer.clone(features=kernel.width, use_bias=False, kernel_init=nn.initializers.zeros)
+    row = W.batch_shape + (W.in_shape if dense else W.in_shape[-1:])
+    U, S, V = absorb(W, inputs.size // math.prod(row), precision=layer.precision)
+    narrow = layer.clone(features=W.width, use_bias=False, kernel_init=nn.initializers.zeros)
     y = narrow.apply({"params": {"kernel": U}}, inputs, *args, **kwargs)
-    nbatch = len(kernel.batch_shape)
+    nbatch = len(W.batch_shape)
     batch = (tuple(range(nbatch)),) * 2
     for factor, axis in ((S, nbatch), (V, V.ndim - 1)):
         if factor is not None:
             y = contract(y, factor, (((y.ndim - 1,), (axis,)), batch), precision=layer.precision)
-    if bias is None:
-        return y
-    free = (1,) * (y.ndim - nbatch - len(kernel.out_shape))
-    return y + bias.reshape(kernel.batch_shape + free + kernel.out_shape)
+    return y
+
+
+def _through_grid(layer: Any, W: BlockLowRank, inputs: Any, *args: Any, **kwargs: Any) -> jax.Array:
+    """A dense layer contracts with the grid; a convolution runs with the rows of blocks as its groups."""
+    if isinstance(layer, nn.ConvTranspose):
+        raise TypeError(
+            f"ConvTranspose cannot run with a grid of blocks, here of shape {W.shape}: Flax has no groups for it. "
+            "factorize it with blocks=1"
+        )
+    if isinstance(layer, nn.Conv):
+        U, S, V = W.absorb(inputs.size // inputs.shape[-1], precision=layer.precision)
+        inputs = padded_channels(inputs, W)
+        groups, (b, c) = grouped_kernel(U, W), W.grid
+        narrow = layer.clone(
+            features=groups.shape[-1], feature_group_count=b, use_bias=False, kernel_init=nn.initializers.zeros
+        )
+        z = narrow.apply({"params": {"kernel": groups}}, inputs, *args, **kwargs)
+        z = jnp.moveaxis(z.reshape(*z.shape[:-1], b, c, W.width), -3, 0)
+        return W.second_stage(z, S, V, precision=layer.precision)
+    axes = [axis % inputs.ndim for axis in _tuple(getattr(layer, "axis", -1))]
+    batch = _tuple(getattr(layer, "batch_dims", ()))
+    k = len(batch)
+    numbers = (tuple(axes), tuple(range(k, k + len(axes)))), (batch, tuple(range(k)))
+    return dot_general(inputs, W, numbers, precision=layer.precision)
 
 
 def _running(stock: type[nn.Module]) -> Callable[..., jax.Array]:
@@ -102,7 +132,7 @@ def _run_einsum(module: Any, W: LowRank, inputs: Any, einsum_str: str | None = N
     bias = _bias(module, tuple(size for size in sizes if size is not None))
     inputs, U, S, V, bias = module.promote_dtype(inputs, W.U, W.S, W.V, bias, dtype=module.dtype)
     options = dict(precision=module.precision, preferred_element_type=module.preferred_element_type)
-    y = einsum(equation, inputs, LowRank(U, S, V), **options)
+    y = einsum(equation, inputs, type(W)(U, S, V), **options)
     return y if bias is None else y + bias.reshape([1 if size is None else size for size in sizes])
 
 

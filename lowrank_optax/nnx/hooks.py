@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax.nnx.nn import dtypes
 from jax.sharding import PartitionSpec
 
-from lowrank_optax.lowrank import LowRank, absorb, contract, is_lowrank
+from lowrank_optax.blocks import BlockLowRank, grouped_kernel, padded_channels
+from lowrank_optax.lowrank import absorb, contract, is_lowrank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,7 @@ class PromoteLeaves:
         # One factor at a time: functions of the user take three arrays.
         promoted = [self.promote((inputs, factor, bias), **kwargs) for factor in (kernel.U, kernel.S, kernel.V)]
         inputs, _, bias = promoted[0]
-        return inputs, LowRank(*(factor for _, factor, _ in promoted)), bias
+        return inputs, type(kernel)(*(factor for _, factor, _ in promoted)), bias
 
 
 def conv_general_dilated(
@@ -42,11 +44,13 @@ def conv_general_dilated(
     out_sharding: Any = None,
     **kwargs: Any,
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated`, channels last, whose kernel may be a `LowRank`."""
+    """`jax.lax.conv_general_dilated`, channels last, whose kernel may be a factored one."""
     conv: Any = jax.lax.conv_general_dilated
     options: dict[str, Any] = dict(precision=precision, preferred_element_type=preferred_element_type)
     if not is_lowrank(rhs):
         return conv(lhs, rhs, *args, out_sharding=out_sharding, **options, **kwargs)
+    if isinstance(rhs, BlockLowRank):
+        return _grouped(lhs, rhs, *args, out_sharding=out_sharding, **options, **kwargs)
     U, S, V = absorb(rhs, math.prod(lhs.shape[:-1]), **options)
     if jax.typeof(U).sharding.mesh.explicit_axes:  # JAX asks for a sharding where it sums over a sharded axis.
         kwargs["out_sharding"] = PartitionSpec(*jax.typeof(lhs).sharding.spec[:-1], None)
@@ -54,3 +58,14 @@ def conv_general_dilated(
     if S is not None:
         z = contract(z, S, (((z.ndim - 1,), (0,)), ((), ())), **options)
     return contract(z, V, (((z.ndim - 1,), (1,)), ((), ())), out_sharding=out_sharding, **options)
+
+
+def _grouped(lhs: jax.Array, W: BlockLowRank, *args: Any, out_sharding: Any, **options: Any) -> jax.Array:
+    """The rows of blocks are the groups of a convolution; the columns act on its channels."""
+    products = {name: options[name] for name in ("precision", "preferred_element_type")}
+    U, S, V = W.absorb(math.prod(lhs.shape[:-1]), **products)
+    b, c = W.grid
+    options["feature_group_count"] = b
+    z = jax.lax.conv_general_dilated(padded_channels(lhs, W), grouped_kernel(U, W), *args, **options)
+    z = jnp.moveaxis(z.reshape(*z.shape[:-1], b, c, W.width), -3, 0)
+    return W.second_stage(z, S, V, out_sharding, **products)
