@@ -33,7 +33,8 @@ class BlockLowRank(FactoredKernel):
     outputs. A pytree of three floating arrays without static fields, like `LowRank`: their axes carry all metadata.
 
     A product takes s (c m + b n) operations a row, in two batched matrix products, and keeps b c s numbers a row for
-    the backward pass. Arithmetic of nodes is that of gradients, leaf by leaf: see `FactoredKernel`.
+    the backward pass. Of many small blocks it is formed through the dense kernel if that is cheaper in time and memory.
+    Arithmetic of nodes is that of gradients, leaf by leaf: see `FactoredKernel`.
 
     Attributes:
       U: `(batch..., in..., c, s)`. The rows of block row i are :math:`U_{i1}, \dots, U_{ic}`, side by side.
@@ -119,10 +120,13 @@ class BlockLowRank(FactoredKernel):
         return join_axis(x, x.ndim - 4, axes[-1])
 
     def product(self, x: jax.Array, inputs: tuple[int, ...], batch: tuple[int, ...], **options: Any) -> jax.Array:
-        """`dot_general` over these axes of x: every row of blocks, then every column of blocks."""
-        sharding = options.pop("out_sharding", None)
+        """`dot_general` over these axes of x: every row of blocks, then every column; or with the dense kernel."""
         k, last = len(batch), inputs[-1]
         rows = math.prod(n for i, n in enumerate(x.shape) if i not in (*inputs, *batch))
+        if self.is_cheaper_dense(rows):
+            own = tuple(range(k)), tuple(range(k, k + len(inputs)))
+            return contract(x, self.to_dense(), ((inputs, own[1]), (batch, own[0])), **options)
+        sharding = options.pop("out_sharding", None)
         x = split_axis(x, last, self.grid[0])
         moved = lambda i: i + (i > last)  # noqa: E731
         U, S, V = self.absorb(rows, **options)
@@ -131,6 +135,19 @@ class BlockLowRank(FactoredKernel):
         together = ((*map(moved, batch), last), (*range(k), U.ndim - 4))
         z = contract(x, U, (summed, together), **options)  # (batch..., b, free..., c, s)
         return self.second_stage(z, S, V, sharding, **options)
+
+    def is_cheaper_dense(self, rows: Any) -> bool:
+        """Whether a product with so many rows is cheaper through the dense kernel, in time, and not dearer in memory.
+
+        The activation between the stages has b c s entries a row. An entry costs about as much as 400 multiplications:
+        it is written, transposed and read for memory's speed and not for arithmetic (measured on a CPU with forward and
+        backward pass; an H100 has about the same ratio).
+        """
+        if jax.export.is_symbolic_dim(rows):
+            return False
+        (b, c), m, n = self.grid, math.prod(self.in_shape), math.prod(self.out_shape)
+        between, products = b * c * self.width, self.width * (c * m + b * n)
+        return m * n <= rows * between and m * n < products + 400 * between
 
     def second_stage(
         self, z: jax.Array, S: jax.Array | None, V: jax.Array, sharding: Any = None, **options: Any

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from lowrank_optax.axes import Axes, factor_entries
-from lowrank_optax.lowrank import LowRank, is_lowrank
+from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.paths import is_wrapper
 
 

@@ -75,6 +75,11 @@ def export_lora(folder: Any, params: Any, *, module: Module = _module, base_mode
         if not is_lowrank(W):
             left_out.append(path_name(path))
             continue
+        if not isinstance(W, LowRank):
+            raise ValueError(
+                f"{path_name(path)!r} is a grid of blocks, which a LoRA adapter cannot hold: export the dense change, "
+                "lowrank_optax.densify(params)"
+            )
         for index in np.ndindex(W.batch_shape):
             name = module(path_name(path), index)
             if not name or name in pairs:

@@ -56,10 +56,11 @@ def factorize(
       scale: factor on the singular values. 1 keeps the function of a trained model. Training from scratch reaches a
         lower loss from about 0.2: a step h turns a pair of singular vectors by about h / sigma, so small singular
         values leave random initial directions sooner (RESULTS.md, pre-training).
-      blocks: b for a grid of b x b blocks, (b, c) for b rows and c columns, "auto" for b = `rank`, or a callable of path
-        and dense shape that returns one of them or None. `rank` keeps its meaning for the number of parameters: a
-        block gets rank `rank / b`, rounded, at least 1. Axes shorter than b get as many blocks as they have entries;
-        of an axis that b does not divide the last block is smaller. None, the default, is one block.
+      blocks: cuts every kernel into a grid: b for b x b blocks, (b, c) for b rows and c columns of blocks, "auto" for
+        b = min(m, n) / `rank`, the least b at which W can have full rank, or a callable of path and dense shape that
+        returns one of them or None. `rank` keeps its meaning for the number of parameters: a block gets rank
+        `rank / b`, rounded, at least 1. An axis shorter than b gets as many blocks as it has entries; of an axis that b
+        does not divide the last block is smaller. Default: one block.
 
     Returns:
       The tree with `LowRank` nodes, in the dtype of the parameters. A kernel in a box of Flax (`nn.with_partitioning`,

@@ -36,7 +36,6 @@ class FactoredKernel:
 
     __array_ufunc__ = None
 
-
     # --- the form: a subclass says it ---
 
     @property

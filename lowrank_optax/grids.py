@@ -52,12 +52,12 @@ def grid_of(blocks: Blocks | None, rank: int, name: str, shape: tuple[int, ...],
     if value is None:
         return Grid(1, 1)
     if value == "auto":
-        value = rank
+        value = -(-min(matrix_shape(shape, axes)) // rank)
     pair = value if isinstance(value, tuple) else (value, value)
     if len(pair) != 2 or not all(isinstance(x, numbers.Integral) and not isinstance(x, bool) for x in pair):
         raise TypeError(
-            f'blocks takes a number b for a grid of b x b blocks, a pair (b, c), "auto" for blocks of rank 1, or a '
-            f"callable of path and dense shape that returns one of them; got {value!r} for {name!r}"
+            'blocks takes a number b for a grid of b x b blocks, a pair (b, c), "auto" for the fewest blocks of full '
+            f"rank, or a callable of path and dense shape that returns one of them; got {value!r} for {name!r}"
         )
     if min(pair) < 1:
         raise ValueError(f"a grid has at least one row and one column of blocks, got {value} for {name!r}")

@@ -71,6 +71,7 @@ def lowrank_init(
         drawn: Any = base(base_key, shape, work)
         dense = opened(drawn)
         grid = grid_of(blocks, r, "", shape, split)
+        with_own_axes: Callable[..., Any]
         if grid.is_one:
             dense, with_own_axes = dense.reshape(*batch, m, n), with_axes
         else:
@@ -78,6 +79,9 @@ def lowrank_init(
             r, width = (grid.width(x, shape, split) for x in (r, width))
         *stack, m, n = dense.shape
         a, b = (jax.random.normal(k, (*stack, size, width), work) for k, size in ((u_key, m), (v_key, n)))
+        if not grid.is_one:  # Rows that fill up the last blocks stay zero.
+            filled = split_blocks(jnp.ones(shape, work), split.batch, split.inputs, grid)
+            a, b = a * filled.max(-1)[..., None], b * filled.max(-2)[..., None]
         W = map_matrices(_product_of_norm, a, b, map_matrices(linalg.norm, dense), rank=r)
         return boxed_factors(drawn, with_own_axes(W, shape, split).astype(dtype))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.export
+import jax.numpy as jnp
 
 from lowrank_optax.factors import FactoredKernel as FactoredKernel
 from lowrank_optax.factors import arithmetic_refused as arithmetic_refused
@@ -57,7 +58,6 @@ class LowRank(FactoredKernel):
     U: jax.Array
     S: jax.Array
     V: jax.Array
-
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -141,4 +141,3 @@ def absorb(W: LowRank, rows: Any, **options: Any) -> tuple[jax.Array, jax.Array 
     if m < n:
         return contract(W.U, W.S, (((W.U.ndim - 1,), (nbatch,)), batch), **options), None, W.V
     return W.U, None, contract(W.V, W.S, (((W.V.ndim - 1,), (nbatch + 1,)), batch), **options)
-

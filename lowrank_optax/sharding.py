@@ -187,7 +187,7 @@ def _spec(name: str, x: Any, dense: Any) -> Any:
 
 def factor_specs(dense: PartitionSpec, ndim: int, split: Axes, kind: Any = LowRank) -> Any:
     """The specs of the factors of a kernel of `ndim` axes, as a node of the class of the kernel."""
-    return kind(*map(_short, factor_entries(dense, ndim, split)))
+    return kind(*map(_short, factor_entries(tuple(dense), ndim, split)))
 
 
 def _short(axes: tuple[Any, ...]) -> Any:

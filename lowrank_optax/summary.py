@@ -28,6 +28,7 @@ class Row(NamedTuple):
       rank: the active rank; its least and largest value in a stack of kernels; None for a dense parameter, or where the
         tree has shapes without values.
       width: the number of columns of the factors, None for a dense parameter.
+      grid: the numbers of rows and columns of blocks, None for a parameter without blocks.
       before: the number of entries of the dense parameter.
       after: the number of entries of the factors, or of the dense parameter.
       reason: why it is dense, empty for a kernel that is factored.
@@ -40,6 +41,7 @@ class Row(NamedTuple):
     before: int
     after: int
     reason: str
+    grid: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -78,6 +80,8 @@ class Summary:
             rank = "" if row.rank is None else "-".join(str(r) for r in sorted(set(row.rank)))
             share = f"{row.after / max(self.before, 1):.1%}"
             width = "" if row.width is None else str(row.width)
+            if row.grid is not None:
+                width = f"{row.grid[0]} x {row.grid[1]} of {width}"
             table.add_row(row.path, shape, rank, width, f"{row.before:,}", f"{row.after:,}", share, row.reason)
         out = io.StringIO()
         Console(file=out, width=max(100, shutil.get_terminal_size((120, 0)).columns), color_system=None).print(table)
@@ -115,7 +119,7 @@ def summary(params: Any, where: Any = None) -> Summary:
     for name, x in leaves:
         shape = tuple(x.shape if is_lowrank(x) else jnp.shape(x))
         if is_lowrank(x):
-            rows.append(Row(name, shape, _rank(x), x.width, math.prod(shape), x.size, ""))
+            rows.append(Row(name, shape, _rank(x), x.width, math.prod(shape), x.size, "", getattr(x, "grid", None)))
         elif len(shape) < 2:
             small.append(math.prod(shape))
         else:

@@ -52,7 +52,8 @@ def _truncated_blocks(W: jax.Array, axes: Axes, rank: int, width: int, grid: Gri
 
     def truncated(W: jax.Array) -> BlockLowRank:
         blocks = split_blocks(W.astype(linalg.working_dtype(W)), axes.batch, axes.inputs, grid)
-        return blocks_with_axes(map_matrices(_truncated_svd, blocks, rank=rank, width=width), W.shape, axes).astype(W.dtype)
+        found = map_matrices(_truncated_svd, blocks, rank=rank, width=width)
+        return blocks_with_axes(found, W.shape, axes).astype(W.dtype)
 
     sharding = _sharding(W)
     if sharding is None:

@@ -10,8 +10,8 @@ import numpy as np
 
 from lowrank_optax.boxes import opened
 from lowrank_optax.checkpoint.fingerprint import Description, dtype_name, is_python, leaf_name
-from lowrank_optax.geometry.base import is_coordinates, registered_coordinates
 from lowrank_optax.factors import FactoredKernel
+from lowrank_optax.geometry.base import is_coordinates, registered_coordinates
 from lowrank_optax.paths import path_name
 
 

@@ -213,7 +213,7 @@ def _values(
 
 
 def rebuild(tree: Any) -> Any:
-    """Makes nodes of factored kernels of the dicts `{"U", "S", "V"}` that orbax returns when it restores without a target.
+    """Makes factored kernels of the dicts `{"U", "S", "V"}` that orbax returns when it restores without a target.
 
     Args:
       tree: the result of `manager.restore(step)`.

@@ -1,4 +1,4 @@
-"""The geometry of a grid of blocks: every block moves in the geometry of its matrix, and Muon sees whole rows of blocks.
+"""The geometry of a grid of blocks: each block moves in the geometry of its matrix, and Muon sees rows of blocks.
 
 `Factored.of` gives it to every `BlockLowRank`, so `Balanced()` and `Tangent()` mean the same for both forms of kernels.
 Coordinates of a grid have classes of their own, because `scale_by_polar_factor` has to know a grid from a stack of

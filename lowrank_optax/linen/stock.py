@@ -85,13 +85,15 @@ def _through_basis(layer: Any, W: LowRank, inputs: Any, *args: Any, **kwargs: An
     return y
 
 
-def _through_grid(layer: Any, W: BlockLowRank, inputs: Any, *args: Any, **kwargs: Any) -> jax.Array:
+def _through_grid(layer: Any, W: BlockLowRank, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     """A dense layer contracts with the grid; a convolution runs with the rows of blocks as its groups."""
     if isinstance(layer, nn.ConvTranspose):
         raise TypeError(
             f"ConvTranspose cannot run with a grid of blocks, here of shape {W.shape}: Flax has no groups for it. "
             "factorize it with blocks=1"
         )
+    if isinstance(layer, nn.Conv) and W.is_cheaper_dense(inputs.size // inputs.shape[-1]):
+        return layer.clone(use_bias=False).apply({"params": {"kernel": W.to_dense()}}, inputs, *args, **kwargs)
     if isinstance(layer, nn.Conv):
         U, S, V = W.absorb(inputs.size // inputs.shape[-1], precision=layer.precision)
         inputs = padded_channels(inputs, W)
@@ -99,7 +101,7 @@ def _through_grid(layer: Any, W: BlockLowRank, inputs: Any, *args: Any, **kwargs
         narrow = layer.clone(
             features=groups.shape[-1], feature_group_count=b, use_bias=False, kernel_init=nn.initializers.zeros
         )
-        z = narrow.apply({"params": {"kernel": groups}}, inputs, *args, **kwargs)
+        z: Any = narrow.apply({"params": {"kernel": groups}}, inputs, *args, **kwargs)
         z = jnp.moveaxis(z.reshape(*z.shape[:-1], b, c, W.width), -3, 0)
         return W.second_stage(z, S, V, precision=layer.precision)
     axes = [axis % inputs.ndim for axis in _tuple(getattr(layer, "axis", -1))]

@@ -62,10 +62,13 @@ def conv_general_dilated(
 
 def _grouped(lhs: jax.Array, W: BlockLowRank, *args: Any, out_sharding: Any, **options: Any) -> jax.Array:
     """The rows of blocks are the groups of a convolution; the columns act on its channels."""
+    conv: Any = jax.lax.conv_general_dilated
+    if W.is_cheaper_dense(math.prod(lhs.shape[:-1])):
+        return conv(lhs, W.to_dense(), *args, out_sharding=out_sharding, **options)
     products = {name: options[name] for name in ("precision", "preferred_element_type")}
     U, S, V = W.absorb(math.prod(lhs.shape[:-1]), **products)
     b, c = W.grid
     options["feature_group_count"] = b
-    z = jax.lax.conv_general_dilated(padded_channels(lhs, W), grouped_kernel(U, W), *args, **options)
+    z = conv(padded_channels(lhs, W), grouped_kernel(U, W), *args, **options)
     z = jnp.moveaxis(z.reshape(*z.shape[:-1], b, c, W.width), -3, 0)
     return W.second_stage(z, S, V, out_sharding, **products)

@@ -12,7 +12,6 @@ from flax import nnx
 
 from lowrank_optax.axes import Rank
 from lowrank_optax.initialize import lowrank_init
-from lowrank_optax.lowrank import LowRank
 from lowrank_optax.nnx.specs import DENSE_SHARDING, dense_spec, factor_specs
 from lowrank_optax.nnx.stock import declared, install
 
@@ -61,7 +60,7 @@ def _build(
     install(layer)
 
 
-def _placed(W: LowRank, specs: LowRank, metadata: dict[str, Any]) -> LowRank:
+def _placed(W: Any, specs: Any, metadata: dict[str, Any]) -> Any:
     """The factors where Flax puts variables of these shardings when it makes them."""
     options = {k: metadata[k] for k in ("mesh", "sharding_rules", "eager_sharding") if k in metadata}
     return jax.tree.map(lambda x, spec: nnx.Param(x, out_sharding=tuple(spec), **options).get_value(), W, specs)

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from lowrank_optax.lowrank import LowRank, is_lowrank
+from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.paths import is_wrapper
 from lowrank_optax.sharding import partition_specs
 
@@ -62,7 +62,7 @@ def get_partition_spec(tree: Any) -> Any:
     return jax.tree.map(one, tree, is_leaf=is_wrapper)
 
 
-def factor_specs(W: LowRank, dense: Any) -> LowRank:
+def factor_specs(W: Any, dense: Any) -> Any:
     """The specs of the factors. `dense` has an entry for each axis, except axes that nnx.vmap has added since."""
     dense = PartitionSpec(*(None,) * (W.ndim - len(dense) if dense else 0), *dense)
     return partition_specs({"kernel": W}, {"kernel": dense})["kernel"]
