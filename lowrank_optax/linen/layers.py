@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lowrank_optax.axes import Rank
 from lowrank_optax.boxes import unboxed
+from lowrank_optax.grids import Blocks
 from lowrank_optax.initialize import lowrank_init
 from lowrank_optax.linen.stock import detach, forward, kernel_axes
 
@@ -31,7 +32,8 @@ class _LowRankLayer(nn.Module):
         layer: Any = detach(self.stock, self, kernel_init=nn.initializers.zeros)
         shapes = unboxed(jax.eval_shape(layer.init, jax.random.key(0), inputs)["params"])[0]
         own: Any = self
-        init = lowrank_init(own.rank, self._base_init, max_rank=own.max_rank, axes=kernel_axes(layer))
+        options = dict(max_rank=own.max_rank, axes=kernel_axes(layer), blocks=own.blocks)
+        init = lowrank_init(own.rank, self._base_init, **options)
         kernel = self.param("kernel", init, shapes["kernel"].shape, own.param_dtype)
         bias = None
         if own.use_bias:
@@ -46,6 +48,7 @@ class LowRankDense(_LowRankLayer):
       features: number of output features.
       rank: int, fraction of `min(in, features)`, or callable of path and shape.
       max_rank: width of the factors, default `rank`.
+      blocks: a grid of blocks, see `lowrank_optax.factorize`.
       use_bias, dtype, param_dtype, precision, bias_init: as in `nn.Dense`.
       kernel_init: dense initialiser that sets the scale of the kernel; `nn.with_partitioning` around it names the axes
         of the factors.
@@ -66,6 +69,7 @@ class LowRankDense(_LowRankLayer):
     features: int
     rank: Rank
     max_rank: Rank | None = None
+    blocks: Blocks | None = None
     use_bias: bool = True
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -82,6 +86,7 @@ class LowRankDenseGeneral(_LowRankLayer):
       rank: int, fraction of `min(m, n)`, or callable of path and shape, where m and n are the products of
         the input and of the output axes.
       max_rank: width of the factors, default `rank`.
+      blocks: a grid of blocks, see `lowrank_optax.factorize`.
       axis, batch_dims, use_bias, dtype, param_dtype, precision, bias_init: as in `nn.DenseGeneral`.
       kernel_init: dense initialiser that sets the scale, called as `nn.DenseGeneral` does, with two axes.
 
@@ -101,6 +106,7 @@ class LowRankDenseGeneral(_LowRankLayer):
     features: int | Sequence[int]
     rank: Rank
     max_rank: Rank | None = None
+    blocks: Blocks | None = None
     axis: int | Sequence[int] = -1
     batch_dims: Sequence[int] = ()
     use_bias: bool = True
@@ -125,6 +131,7 @@ class LowRankConv(_LowRankLayer):
       kernel_size: window, an int or one int for each spatial axis.
       rank: int, fraction of `min(m, features)`, or callable of path and shape.
       max_rank: width of the factors, default `rank`.
+      blocks: a grid of blocks, see `lowrank_optax.factorize`.
       strides, padding, input_dilation, kernel_dilation, use_bias, dtype, param_dtype, precision, bias_init:
         as in `nn.Conv`.
       kernel_init: dense initialiser that sets the scale of the kernel.
@@ -146,6 +153,7 @@ class LowRankConv(_LowRankLayer):
     kernel_size: int | Sequence[int]
     rank: Rank
     max_rank: Rank | None = None
+    blocks: Blocks | None = None
     strides: int | Sequence[int] | None = 1
     padding: Any = "SAME"
     input_dilation: int | Sequence[int] | None = 1

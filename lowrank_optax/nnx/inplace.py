@@ -8,6 +8,7 @@ from flax import nnx
 
 from lowrank_optax.axes import Axes, Rank, Where, check_where
 from lowrank_optax.factorize import factorize as factorize_tree
+from lowrank_optax.grids import Blocks
 from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.nnx.specs import keep_dense_spec
 from lowrank_optax.nnx.stock import declared, install
@@ -24,6 +25,7 @@ def factorize(
     max_rank: Rank | None = None,
     where: Where | None = None,
     scale: float = 1.0,
+    blocks: Blocks | None = None,
 ) -> None:
     r"""Replaces the kernels of an nnx model by their truncated SVD, in place.
 
@@ -48,6 +50,7 @@ def factorize(
         so `2.0 * W` multiplies each factor by 2 and is 8 W. Default: every kernel of the layers above with
         `min(m, n) >= rank`.
       scale: factor on the singular values, see `lowrank_optax.factorize`.
+      blocks: a grid of blocks for every kernel, see `lowrank_optax.factorize`.
 
     Raises:
       TypeError: for arguments of another type, or unless either `rank` or `budget` is given.
@@ -80,7 +83,8 @@ def factorize(
     if not axes:
         raise ValueError(_nothing(rank, found, reasons))
     dense = {name: found[name].variable.get_value() for name in axes}
-    factored = factorize_tree(dense, rank, max_rank=max_rank, where=lambda name, shape: axes[name], scale=scale)
+    chosen = lambda name, shape: axes[name]  # noqa: E731
+    factored = factorize_tree(dense, rank, max_rank=max_rank, where=chosen, scale=scale, blocks=blocks)
     for name, kernel in factored.items():
         variable, layers, _ = found[name]
         variable.set_value(kernel)

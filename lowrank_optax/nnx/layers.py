@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lowrank_optax.axes import Rank
+from lowrank_optax.grids import Blocks
 from lowrank_optax.initialize import lowrank_init
 from lowrank_optax.nnx.specs import DENSE_SHARDING, dense_spec, factor_specs
 from lowrank_optax.nnx.stock import declared, install
@@ -25,6 +26,7 @@ def _build(
     *args: Any,
     rank: Rank,
     max_rank: Rank | None,
+    blocks: Blocks | None,
     kernel_init: Any,
     kernel_metadata: Mapping[str, Any],
     **kwargs: Any,
@@ -49,7 +51,7 @@ def _build(
         metadata.update(getattr(draw, "metadata", {}))
         return jnp.reshape(getattr(draw, "raw_value", draw), shape)
 
-    W = lowrank_init(rank, base, max_rank=max_rank, axes=kernel.axes)(key, kernel.shape, dtype)
+    W = lowrank_init(rank, base, max_rank=max_rank, axes=kernel.axes, blocks=blocks)(key, kernel.shape, dtype)
     metadata.update(kernel_metadata)
     if (out_sharding := metadata.pop("out_sharding", metadata.pop("sharding", None))) is not None:
         metadata[DENSE_SHARDING] = axes = dense_spec(out_sharding, W.ndim)
@@ -74,6 +76,7 @@ class LowRankLinear(nnx.Linear):
       out_features: number of output features.
       rank: int, fraction of `min(in_features, out_features)`, or callable of path (here `""`) and shape.
       max_rank: width of the factors, default `rank`.
+      blocks: a grid of blocks, see `lowrank_optax.factorize`.
       kernel_init: dense initialiser that sets the scale of the kernel, default LeCun normal. `nnx.with_partitioning`
         states the sharding of the dense kernel, see `get_partition_spec`.
       kernel_metadata: metadata of the kernel, `out_sharding` as above.
@@ -98,12 +101,14 @@ class LowRankLinear(nnx.Linear):
         rank: Rank,
         *,
         max_rank: Rank | None = None,
+        blocks: Blocks | None = None,
         kernel_init: Any = _DEFAULT_INIT,
         kernel_metadata: Mapping[str, Any] = _NONE,
         rngs: nnx.Rngs,
         **kwargs: Any,
     ) -> None:
-        options = dict(rank=rank, max_rank=max_rank, kernel_init=kernel_init, kernel_metadata=kernel_metadata)
+        form: dict[str, Any] = dict(rank=rank, max_rank=max_rank, blocks=blocks)
+        options = dict(**form, kernel_init=kernel_init, kernel_metadata=kernel_metadata)
         _build(self, super().__init__, in_features, out_features, rngs=rngs, **options, **kwargs)
 
 
@@ -116,6 +121,7 @@ class LowRankLinearGeneral(nnx.LinearGeneral):
       rank: int, fraction of `min(m, n)`, or callable of path (here `""`) and shape, where m and n are the products of
         the input and of the output features.
       max_rank: width of the factors, default `rank`.
+      blocks: a grid of blocks, see `lowrank_optax.factorize`.
       kernel_init: dense initialiser that sets the scale, called as `nnx.LinearGeneral` does, with two axes.
       kernel_metadata: metadata of the kernel, see `LowRankLinear`.
       rngs: random streams.
@@ -139,12 +145,14 @@ class LowRankLinearGeneral(nnx.LinearGeneral):
         rank: Rank,
         *,
         max_rank: Rank | None = None,
+        blocks: Blocks | None = None,
         kernel_init: Any = _DEFAULT_INIT,
         kernel_metadata: Mapping[str, Any] = _NONE,
         rngs: nnx.Rngs,
         **kwargs: Any,
     ) -> None:
-        options = dict(rank=rank, max_rank=max_rank, kernel_init=kernel_init, kernel_metadata=kernel_metadata)
+        form: dict[str, Any] = dict(rank=rank, max_rank=max_rank, blocks=blocks)
+        options = dict(**form, kernel_init=kernel_init, kernel_metadata=kernel_metadata)
         _build(self, super().__init__, in_features, out_features, rngs=rngs, **options, **kwargs)
 
 
@@ -160,6 +168,7 @@ class LowRankConv(nnx.Conv):
       strides: as in `nnx.Conv`.
       rank: int, fraction of `min(m, n)`, or callable of path (here `""`) and shape.
       max_rank: width of the factors, default `rank`.
+      blocks: a grid of blocks, see `lowrank_optax.factorize`.
       kernel_init: dense initialiser that sets the scale of the kernel, default LeCun normal.
       kernel_metadata: metadata of the kernel, see `LowRankLinear`.
       rngs: random streams.
@@ -185,12 +194,14 @@ class LowRankConv(nnx.Conv):
         *,
         rank: Rank,
         max_rank: Rank | None = None,
+        blocks: Blocks | None = None,
         kernel_init: Any = _DEFAULT_INIT,
         kernel_metadata: Mapping[str, Any] = _NONE,
         rngs: nnx.Rngs,
         **kwargs: Any,
     ) -> None:
-        options = dict(rank=rank, max_rank=max_rank, kernel_init=kernel_init, kernel_metadata=kernel_metadata)
+        form: dict[str, Any] = dict(rank=rank, max_rank=max_rank, blocks=blocks)
+        options = dict(**form, kernel_init=kernel_init, kernel_metadata=kernel_metadata)
         _build(self, super().__init__, in_features, out_features, kernel_size, strides, rngs=rngs, **options, **kwargs)
 
 
@@ -204,6 +215,7 @@ class LowRankEinsum(nnx.Einsum):
       rank: int, fraction of `min(m, n)`, or callable of path (here `""`) and shape, where m and n are the products of
         the input and of the output axes.
       max_rank: width of the factors, default `rank`.
+      blocks: a grid of blocks, see `lowrank_optax.factorize`.
       kernel_init: dense initialiser that sets the scale of the kernel, default LeCun normal.
       kernel_metadata: metadata of the kernel, see `LowRankLinear`.
       rngs: random streams.
@@ -229,11 +241,13 @@ class LowRankEinsum(nnx.Einsum):
         *,
         rank: Rank,
         max_rank: Rank | None = None,
+        blocks: Blocks | None = None,
         kernel_init: Any = _DEFAULT_INIT,
         kernel_metadata: Mapping[str, Any] = _NONE,
         rngs: nnx.Rngs,
         **kwargs: Any,
     ) -> None:
         shapes = (tuple(kernel_shape), None if bias_shape is None else tuple(bias_shape))
-        options = dict(rank=rank, max_rank=max_rank, kernel_init=kernel_init, kernel_metadata=kernel_metadata)
+        form: dict[str, Any] = dict(rank=rank, max_rank=max_rank, blocks=blocks)
+        options = dict(**form, kernel_init=kernel_init, kernel_metadata=kernel_metadata)
         _build(self, super().__init__, einsum_str, *shapes, rngs=rngs, **options, **kwargs)

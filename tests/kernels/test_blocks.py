@@ -100,7 +100,10 @@ def test_an_identity_has_full_rank_in_as_many_parameters_as_rank_r() -> None:
     W = lro.factorize({"kernel": jnp.eye(d)}, r, blocks="auto")["kernel"]
     assert W.grid == (8, 8) and W.width == 1
     permutation = np.eye(d)[np.arange(d).reshape(8, 4).T.ravel()]  # one entry in every block
-    assert np.linalg.matrix_rank(lro.factorize({"kernel": jnp.asarray(permutation)}, r, blocks=8)["kernel"].to_dense()) == d
+    assert (
+        np.linalg.matrix_rank(lro.factorize({"kernel": jnp.asarray(permutation)}, r, blocks=8)["kernel"].to_dense())
+        == d
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,7 +119,9 @@ def test_an_identity_has_full_rank_in_as_many_parameters_as_rank_r() -> None:
         ((9, 9), 3, 4, (3, 3), 1),  # parts of 3 leave no fourth
     ],
 )
-def test_grid_and_width_keep_the_number_of_parameters(shape: Any, rank: int, blocks: Any, grid: Any, width: int) -> None:
+def test_grid_and_width_keep_the_number_of_parameters(
+    shape: Any, rank: int, blocks: Any, grid: Any, width: int
+) -> None:
     W = lro.factorize({"kernel": jnp.ones(shape)}, rank, blocks=blocks)["kernel"]
     assert (W.grid, W.width) == (grid, width)
     (m, n), (b, c) = shape, grid

@@ -113,7 +113,9 @@ def test_muon_orthogonalises_rows_and_columns_of_blocks(s: int) -> None:
 
 def test_the_gauge_of_blocks_changes_nothing() -> None:
     W, rng = grid_kernel(), np.random.default_rng(1)
-    P, Q = (jnp.asarray(np.stack([problems.orthonormal(rng, S, S) for _ in range(6)]).reshape(2, 3, S, S)) for _ in "ab")
+    P, Q = (
+        jnp.asarray(np.stack([problems.orthonormal(rng, S, S) for _ in range(6)]).reshape(2, 3, S, S)) for _ in "ab"
+    )
     flat = W.flatten()
     turned = W.unflatten(lro.LowRank(flat.U @ P, P.mT @ flat.S @ Q, flat.V @ Q))
     np.testing.assert_allclose(turned.to_dense(), W.to_dense(), atol=1e-12)
