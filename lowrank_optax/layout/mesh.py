@@ -9,10 +9,12 @@ close over arrays, an injected learning rate say, whose types name the mesh.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_optax.sharding import state_specs
@@ -63,7 +65,18 @@ class Mesh:
         return call
 
     def _mirrors(self, tree: Any) -> Any:
-        return state_specs(tree, self._params, jax.tree.map(spec, self._params))
+        specs = state_specs(tree, self._params, jax.tree.map(spec, self._params))
+        return jax.tree.map(lambda x, s: _dividing(s, jnp.shape(x), self._mesh), tree, specs)
 
     def _shardings(self, specs: Any) -> Any:
         return jax.tree.map(lambda s: NamedSharding(self._mesh, s), specs)
+
+
+def _dividing(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    """The spec without entries of more devices than divide their axis, as blocks of a grid may be too few."""
+
+    def fits(entry: Any, size: int) -> bool:
+        names = entry if isinstance(entry, tuple) else (entry,)
+        return size % math.prod(mesh.shape[name] for name in names) == 0
+
+    return PartitionSpec(*(e if e is None or fits(e, n) else None for e, n in zip(spec, shape, strict=False)))

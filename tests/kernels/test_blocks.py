@@ -84,7 +84,7 @@ def test_many_small_blocks_are_multiplied_through_the_dense_kernel_and_few_rows_
     sizes = {
         rows: {
             v.aval.size
-            for e in jax.make_jaxpr(lambda x: x @ W)(jnp.ones((rows, 64))).eqns  # noqa: B023
+            for e in jax.make_jaxpr(lambda x: x @ W)(jnp.ones((rows, 64))).eqns
             for v in e.outvars
         }
         for rows in (1, 512)
