@@ -24,8 +24,20 @@ def every(platform: str) -> list[dict[str, Any]]:
     """All cases. The first two have the sizes and methods that the targets name."""
     four_blocks = {"rank": 64, "layers": 4}
     chosen: list[dict[str, Any]] = [
-        {"kind": "size", "d": 512, **four_blocks, "methods": [*ALL, "lowrank_adam:coefficient"], "repeats": 5},
-        {"kind": "size", "d": 1024, **four_blocks, "methods": [*FEW, "lowrank_adam:coefficient"], "repeats": 3},
+        {
+            "kind": "size",
+            "d": 512,
+            **four_blocks,
+            "methods": [*ALL, "lowrank_adam:blocks", "lowrank_adam:coefficient"],
+            "repeats": 5,
+        },
+        {
+            "kind": "size",
+            "d": 1024,
+            **four_blocks,
+            "methods": [*FEW, "lowrank_adam:blocks", "lowrank_adam:coefficient"],
+            "repeats": 3,
+        },
         {"kind": "phases", "d": 512, **four_blocks, "repeats": 3},
     ]
     one_block = {"kind": "size", "layers": 1, "repeats": 3}

@@ -16,12 +16,14 @@ from experiments import gpt, kernels, methods, pretrain
 from experiments.task import Task, random_params
 
 HEAD = 64  # width of an attention head
+BLOCKS = 8  # each way, of the grids
 LABELS = {
     "full": "dense, AdamW",
     "full_muon": "dense, Muon",
     "galore": "dense, GaLore",
     "factors": "A B, AdamW",
     "lowrank_adam": "low-rank Adam",
+    "lowrank_adam:blocks": "low-rank Adam, 8 x 8 blocks",
     "lowrank_adam:coefficient": "low-rank Adam, coefficient geometry",
     "lowrank_adam:tangent": "low-rank Adam, tangent geometry",
     "lowrank_adam:bug": "low-rank Adam, coefficient geometry, bug retraction",
@@ -74,11 +76,12 @@ def build(name: str, size: Size) -> Subject:
     """The method `name`, or `name:option`, at its start."""
     name, _, option = name.partition(":")
     config = size.config
-    if option:
+    blocks = BLOCKS if option == "blocks" else None
+    if option and not blocks:
         retraction, geometry = ("bug", "coefficient") if option == "bug" else ("svd", option)
         config = dataclasses.replace(config, retraction=retraction, geometry=geometry)
     task, method = task_of(size), methods.METHODS[name]
-    params = start(task, method.form, size.rank)
+    params = start(task, method.form, size.rank, blocks)
     tx = methods.optimizer(name, task, config)
     apply_fn = pair_apply(task.model) if method.form == "pair" else methods.apply(method, task.model)
     tokens = np.random.default_rng(0).integers(0, gpt.VOCABULARY, (config.batch, size.context + 1), np.int32)
@@ -111,7 +114,7 @@ def task_of(size: Size) -> Task:
     )
 
 
-def start(task: Task, form: str, rank: int) -> Any:
+def start(task: Task, form: str, rank: int, blocks: int | None = None) -> Any:
     """Random parameters, the kernels in the form of the method and drawn in it: an SVD of each would take minutes.
 
     Each by a program for its shape: one for all of them takes half a minute to compile at 48 blocks.
@@ -123,18 +126,18 @@ def start(task: Task, form: str, rank: int) -> Any:
             return jnp.ones(leaf.shape, leaf.dtype)
         if form == "dense" or not task.is_kernel(name, leaf.shape):
             return _draw(leaf.shape, leaf.dtype)
-        W = _draw(leaf.shape, leaf.dtype, rank)
+        W = _draw(leaf.shape, leaf.dtype, rank, blocks)
         return kernels.balanced(W) if form == "pair" else W
 
     return jax.tree_util.tree_map_with_path(one, jax.eval_shape(task.init, jax.random.key(0)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _draw(shape: tuple[int, ...], dtype: Any, rank: int | None = None) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _draw(shape: tuple[int, ...], dtype: Any, rank: int | None = None, blocks: int | None = None) -> Any:
     key = jax.random.key(0)
     if rank is None:
         return jax.random.normal(key, shape, dtype) / shape[0] ** 0.5
-    return lro.lowrank_init(rank)(key, shape, dtype)
+    return lro.lowrank_init(rank, blocks=blocks)(key, shape, dtype)
 
 
 def pair_apply(model: nn.Module) -> Callable[..., Any]:

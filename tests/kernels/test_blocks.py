@@ -82,11 +82,7 @@ def test_products_and_derivatives_are_those_of_the_dense_kernel(name: str, rows:
 def test_many_small_blocks_are_multiplied_through_the_dense_kernel_and_few_rows_are_not() -> None:
     W = lro.factorize({"kernel": jnp.eye(64)}, 8, blocks=32)["kernel"]
     sizes = {
-        rows: {
-            v.aval.size
-            for e in jax.make_jaxpr(lambda x: x @ W)(jnp.ones((rows, 64))).eqns
-            for v in e.outvars
-        }
+        rows: {v.aval.size for e in jax.make_jaxpr(lambda x: x @ W)(jnp.ones((rows, 64))).eqns for v in e.outvars}
         for rows in (1, 512)
     }
     between = 32 * 32  # entries a row between the stages
