@@ -18,7 +18,6 @@ class GPTConfig:
     heads: int = 4
     context: int = 64
     dtype: str = "float32"
-    tied: bool = False  # the head is the transposed embedding
 
     def __post_init__(self) -> None:
         if self.d % self.heads:
@@ -57,15 +56,12 @@ class GPT(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         c = self.config
         small = nn.initializers.normal(0.02)
-        embedding = nn.Embed(VOCABULARY, c.d, embedding_init=small, dtype=c.dtype, name="embedding")
-        x = embedding(tokens)
+        x = nn.Embed(VOCABULARY, c.d, embedding_init=small, dtype=c.dtype, name="embedding")(tokens)
         positions = self.param("positions", small, (c.context, c.d))
         x = x + positions[: tokens.shape[1]].astype(x.dtype)
         for i in range(c.layers):
             x = Block(c, name=f"block_{i}")(x)
         x = nn.LayerNorm(dtype=c.dtype, name="norm")(x)
-        if c.tied:
-            return embedding.attend(x).astype(jnp.float32)
         return nn.Dense(VOCABULARY, use_bias=False, dtype=c.dtype, name="head")(x).astype(jnp.float32)
 
 

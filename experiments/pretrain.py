@@ -62,7 +62,6 @@ class Pretrain(Config):
     d: int = option(128, "width of the model")
     layers: int = option(3, "transformer blocks")
     heads: int = option(4, "attention heads")
-    tied: int = option(0, "1 makes the output layer the transposed embedding")
     dtype: str = option("float32", "of the activations", "float32", "bfloat16")
     eval_windows: int = option(384, "validation windows")
 
@@ -76,7 +75,7 @@ class Pretrain(Config):
     def task(self) -> Task:
         corpus = text.load(self.data or None)
         text.check_length(corpus, self.context)
-        model = gpt.GPT(gpt.GPTConfig(self.d, self.layers, self.heads, self.context, self.dtype, bool(self.tied)))
+        model = gpt.GPT(gpt.GPTConfig(self.d, self.layers, self.heads, self.context, self.dtype))
         example = jax.ShapeDtypeStruct((1, self.context), jnp.int32)
         windows = text.validation_windows(corpus, self.eval_windows, self.context)
         return Task(

@@ -158,10 +158,10 @@ def spectra(axis: Any, rows: list[Row]) -> None:
 
 
 def budget(axis: Any, rows: list[Row]) -> None:
-    """Validation loss against parameters: a line a method, a point a rank."""
+    """Validation loss against parameters: a line a method, a point a rank or a width."""
     lines: dict[str, list[Row]] = collections.defaultdict(list)
     for row in rows:
-        lines[re.sub(r":rank=\d+", "", row.label)].append(row)
+        lines[re.sub(r":(rank|d|lr|init_scale)=[^:]+", "", row.label)].append(row)
     for i, (label, points) in enumerate(lines.items()):
         points.sort(key=lambda row: row.runs[0]["parameters"])
         x = [row.runs[0]["parameters"] for row in points]
