@@ -82,7 +82,7 @@ def factorize(
     refuse_nnx(params, "factorize", "lowrank_optax.nnx.factorize(model, rank)")
     check_where(where)
     check_number("scale", scale)
-    check_rank_or_budget(rank, budget, max_rank)
+    check_rank_or_budget(rank, budget, max_rank, blocks)
     if rank is None:
         leaves = jax.tree_util.tree_leaves_with_path(unboxed(params)[0], is_leaf=is_lowrank)
         parameters = {path_name(path): x for path, x in leaves}

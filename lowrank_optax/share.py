@@ -15,7 +15,7 @@ from lowrank_optax.rank import check_number
 Kernels = dict[str, tuple[tuple[int, ...], Axes]]  # by path, the dense shape and its split
 
 
-def check_rank_or_budget(rank: object, budget: object, max_rank: object) -> None:
+def check_rank_or_budget(rank: object, budget: object, max_rank: object, blocks: object) -> None:
     """Raises unless exactly one of `rank` and `budget` is given, and a budget lies in (0, 1)."""
     if (rank is None) == (budget is None):
         given = "neither" if rank is None else "both"
@@ -24,6 +24,8 @@ def check_rank_or_budget(rank: object, budget: object, max_rank: object) -> None
         return
     if max_rank is not None:
         raise TypeError("a budget counts the columns of the factors: pass max_rank with rank, not with budget")
+    if blocks is not None:
+        raise TypeError("a budget chooses the ranks of single matrices: pass blocks with rank, not with budget")
     check_number("budget", budget)
     if not 0 < float(budget) < 1:  # type: ignore[arg-type]
         raise ValueError(f"budget is a share of the model's parameters in (0, 1), got {budget}")

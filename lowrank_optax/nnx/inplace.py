@@ -68,7 +68,7 @@ def factorize(
     if not any(True for _ in nnx.iter_modules(model)):
         raise TypeError(f"nnx.factorize changes an nnx module in place, got {type(model).__name__}")
     check_where(where)
-    check_rank_or_budget(rank, budget, max_rank)
+    check_rank_or_budget(rank, budget, max_rank, blocks)
     found = parameters(model)
     if rank is None:
         rank, where = at_budget(float(budget or 0.0), dict(counted(model)), _kernel_axes(found, where))

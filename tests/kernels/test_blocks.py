@@ -130,6 +130,11 @@ def test_bad_grids_are_refused(blocks: Any) -> None:
         lro.factorize({"kernel": jnp.eye(8)}, 2, blocks=blocks)
 
 
+def test_a_budget_does_not_choose_grids() -> None:
+    with pytest.raises(TypeError, match="blocks with rank"):
+        lro.factorize({"kernel": jnp.eye(8)}, budget=0.5, blocks=2)
+
+
 def test_one_block_and_none_are_the_plain_form() -> None:
     def blocks(path: str, shape: Any) -> Any:
         return 2 if path.startswith("grid") else None
