@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,14 @@ from lowrank_optax.linalg import highest_precision, working_dtype
 from lowrank_optax.lowrank import LowRank, is_lowrank
 from lowrank_optax.product import Product, is_composed, trailing_columns
 
-Class = TypeVar("Class", bound=type)
+Class = TypeVar("Class")
 
 
-def node(cls: Class) -> Class:
+@dataclass_transform(frozen_default=True, eq_default=False)
+def node(cls: type[Class]) -> type[Class]:
     """Makes a class of fields a pytree, compared by identity like other nodes of arrays."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=False)(cls))
+    made: Any = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    return jax.tree_util.register_dataclass(made)
 
 
 class Change:
@@ -153,6 +155,9 @@ class Adapted:
 
         return self.through(Product(times, trailing_columns(batch)))
 
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("an 'Adapted' object is a kernel in parts and no array: use x @ W, or to_dense()")
+
     def __getitem__(self, index: Any) -> Any:
         """`W[...]` is W, as for a Flax variable."""
         if index is Ellipsis:
@@ -188,7 +193,7 @@ def dense_base(base: Any) -> jax.Array:
 @highest_precision
 def to_dense(part: LowRank | jax.Array) -> jax.Array:
     """A part of a kernel as an array."""
-    return part.to_dense() if is_lowrank(part) else part
+    return part.to_dense() if isinstance(part, LowRank) else part
 
 
 def axes_with_rows(shape: tuple[int, ...], batch: int, rows: int) -> Axes:

@@ -12,7 +12,7 @@ from lowrank_optax.adapters.change import dense_base, to_dense
 from lowrank_optax.adapters.core import Core
 from lowrank_optax.adapters.lora import LoRA
 from lowrank_optax.adapters.lowrank import LowRankChange
-from lowrank_optax.adapters.magnitude import Magnitude, Over
+from lowrank_optax.adapters.magnitude import Over
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.adapters.rotation import Householder
 from lowrank_optax.adapters.shared import BANK, VeRA, draw_bank
@@ -26,7 +26,9 @@ from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.paths import listed, path_name, refuse_nnx
 from lowrank_optax.product import is_composed
 
-KINDS: dict[str, Any] = {kind.kind: kind for kind in (LowRankChange, LoRA, Core, VeRA, LoHa, LoKr, Fourier, Householder)}
+KINDS: dict[str, Any] = {
+    kind.kind: kind for kind in (LowRankChange, LoRA, Core, VeRA, LoHa, LoKr, Fourier, Householder)
+}
 KINDS["dora"] = Over(LoRA)
 
 _SCALES = {"alpha/r": lambda alpha, r: alpha / r, "alpha/sqrt(r)": lambda alpha, r: alpha / r**0.5}
@@ -179,6 +181,3 @@ def _bank(key: jax.Array, requests: list[Request], delta: dict[str, Any]) -> Any
         raise ValueError(f"the parameters have an entry {BANK!r}, the name of the bank of kind 'vera'")
     sizes = [(request.m, request.n) for request in requests]
     return draw_bank(jax.random.fold_in(key, zlib.crc32(BANK.encode())), sizes, requests[0].rank, requests[0].W.dtype)
-
-
-__all__ = ["KINDS", "Magnitude", "as_kind", "init", "magnitude"]

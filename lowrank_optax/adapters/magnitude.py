@@ -70,7 +70,8 @@ class Magnitude(Change):
 
     def labels(self) -> Any:
         inner = "trained" if is_lowrank(self.change) else self.change.labels()
-        return dataclasses.replace(self, change=inner, magnitude="trained")  # type: ignore[arg-type]
+        label: Any = "trained"
+        return Magnitude(inner, label)
 
     def _factors(self, norms: jax.Array) -> jax.Array:
         """m / |V|; a zero column stays zero."""

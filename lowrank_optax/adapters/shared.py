@@ -1,4 +1,4 @@
-r"""`vera`: :math:`W = W_0 + A\,\mathrm{diag}(d)\,B^\top \mathrm{diag}(b)` with one frozen random bank for all layers."""
+r"""`vera`: :math:`W = W_0 + A\,\mathrm{diag}(d)\,B^\top \mathrm{diag}(b)` with one random bank for all layers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class Bank:
 
     def labels(self) -> Any:
         """Nothing of it is trained."""
-        return Bank("frozen", "frozen")  # type: ignore[arg-type]
+        label: Any = "frozen"
+        return Bank(label, label)
 
 
 @node

@@ -40,14 +40,18 @@ def changes(delta: Any) -> dict[str, Any]:
     found = {path_name(path): x for path, x in leaves if not isinstance(x, Bank)}
     wrong = [f"{name!r} ({type(x).__name__})" for name, x in found.items() if not is_change(x)]
     if wrong:
-        raise TypeError(f"a tree of adapters has changes made by lro.adapters.init as leaves, got {', '.join(wrong[:5])}")
+        raise TypeError(
+            f"a tree of adapters has changes made by lro.adapters.init as leaves, got {', '.join(wrong[:5])}"
+        )
     if bank is None:
         return found
 
     def one(x: Any) -> Any:
         return x.with_bank(bank) if isinstance(x, VeRA) else x
 
-    return {name: jax.tree.map(one, x, is_leaf=lambda x: isinstance(x, VeRA) or is_lowrank(x)) for name, x in found.items()}
+    return {
+        name: jax.tree.map(one, x, is_leaf=lambda x: isinstance(x, VeRA) or is_lowrank(x)) for name, x in found.items()
+    }
 
 
 def attach(params: Any, delta: Any) -> Any:
