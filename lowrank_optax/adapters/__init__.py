@@ -36,6 +36,7 @@ from lowrank_optax.adapters.lowrank import LowRankChange
 from lowrank_optax.adapters.magnitude import Magnitude
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.adapters.rotation import Householder
+from lowrank_optax.adapters.rules import optimizer
 from lowrank_optax.adapters.shared import Bank, VeRA
 from lowrank_optax.adapters.starts import gradient
 from lowrank_optax.adapters.structured import Fourier, LoHa, LoKr
@@ -62,5 +63,6 @@ __all__ = [
     "labels",
     "magnitude",
     "merge",
+    "optimizer",
     "unmerge",
 ]

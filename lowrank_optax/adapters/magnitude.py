@@ -69,7 +69,7 @@ class Magnitude(Change):
         raise ValueError("the lengths of the columns of W0 are lost in a merged kernel of kind 'dora': keep the base")
 
     def labels(self) -> Any:
-        inner = "trained" if is_lowrank(self.change) else self.change.labels()
+        inner = self.change.labels() if isinstance(self.change, Change) else "trained"
         label: Any = "trained"
         return Magnitude(inner, label)
 

@@ -1,0 +1,36 @@
+"""Pairs of factors in trees of changes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from lowrank_optax.adapters.lora import LoRA
+from lowrank_optax.linalg import working_dtype
+
+
+def is_pair(x: Any) -> bool:
+    """Whether x is a pair of factors."""
+    return isinstance(x, LoRA)
+
+
+def on_pairs(f: Callable[[LoRA, LoRA], Any], updates: Any, delta: Any) -> Any:
+    """`f(update, pair)` for every pair, other updates as they are."""
+    return jax.tree.map(lambda u, x: f(u, x) if is_pair(x) else u, updates, delta, is_leaf=is_pair)
+
+
+def flatten_pair(gradient: LoRA, pair: LoRA) -> tuple[list[jax.Array], Callable[[Any, Any], LoRA]]:
+    """Gradients and factors of a pair as matrices in the working dtype, and the way back for new gradients."""
+    b, r = pair.batch, pair.A.shape[-1]
+    dtype = working_dtype(pair.A, pair.B)
+    rows = [x.astype(dtype).reshape(*x.shape[:b], -1, r) for x in (gradient.A, pair.A)]
+    columns = [x.astype(dtype).reshape(*x.shape[:b], r, -1) for x in (gradient.B, pair.B)]
+
+    def back(A: jax.Array, B: jax.Array) -> LoRA:
+        A, B = A.reshape(pair.A.shape).astype(gradient.A.dtype), B.reshape(pair.B.shape).astype(gradient.B.dtype)
+        return dataclasses.replace(gradient, A=A, B=B)
+
+    return [rows[0], columns[0], rows[1], columns[1]], back
