@@ -1,14 +1,15 @@
-"""Pairs of factors in trees of changes."""
+"""Pairs of factors in trees of changes, and in states of nnx."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from lowrank_optax.adapters.lora import LoRA
+from lowrank_optax.boxes import unwrapped
 from lowrank_optax.linalg import working_dtype
 
 
@@ -34,3 +35,37 @@ def flatten_pair(gradient: LoRA, pair: LoRA) -> tuple[list[jax.Array], Callable[
         return dataclasses.replace(gradient, A=A, B=B)
 
     return [rows[0], columns[0], rows[1], columns[1]], back
+
+
+def with_nodes(tree: Any) -> Any:
+    """A state of nnx as nested dicts of values with pairs as nodes; other trees as they are."""
+    return _nodes(unwrapped(tree)[0]) if _is_state(tree) else tree
+
+
+def _nodes(tree: Any) -> Any:
+    if not isinstance(tree, Mapping):
+        return tree
+    values = {key: _nodes(value) for key, value in tree.items()}
+    return LoRA(**values) if set(values) == _FIELDS else values
+
+
+def without_nodes(tree: Any, like: Any) -> Any:
+    """The inverse of `with_nodes`, as a state like another one."""
+    if not _is_state(like):
+        return tree
+    cls: Any = type(like)
+    return cls(_fields(tree))
+
+
+def _fields(tree: Any) -> Any:
+    if is_pair(tree):
+        return {name: getattr(tree, name) for name in _FIELDS}
+    return {key: _fields(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _is_state(tree: Any) -> bool:
+    """Whether a tree is a state of nnx, which Flax flattens by the names of attributes."""
+    return isinstance(tree, Mapping) and hasattr(tree, "flat_state")
+
+
+_FIELDS = {"A", "B", "scale"}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.adapters.lora import LoRA
-from lowrank_optax.adapters.pairs import flatten_pair, is_pair, on_pairs
+from lowrank_optax.adapters.pairs import flatten_pair, is_pair, on_pairs, with_nodes, without_nodes
 from lowrank_optax.adapters.pro import pro
 from lowrank_optax.adapters.trees import labels
 from lowrank_optax.geometry import Geometry, Tangent
@@ -77,13 +77,18 @@ def optimizer(
     needed = is_lowrank if rule == "manifold" else None if rule == "plain" else is_pair
 
     def init(delta: Any) -> Any:
+        delta = with_nodes(delta)
         # A placeholder of `optax.tree.map_params` has no leaves, and no kind either.
         if needed is not None and jax.tree.leaves(delta) and not any(map(needed, _nodes(delta))):
             kind = "'lowrank'" if rule == "manifold" else "'lora' or 'dora'"
             raise ValueError(f"rule {rule!r} is for changes of kind {kind}, and the tree has none")
         return tx.init(delta)
 
-    return optax.GradientTransformationExtraArgs(init, tx.update)
+    def update(grads: Any, state: Any, delta: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(with_nodes(grads), state, with_nodes(delta), **extra_args)
+        return without_nodes(updates, grads), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _nodes(tree: Any) -> list[Any]:
