@@ -31,6 +31,7 @@ is an array in `delta` that is not trained, so that a rank may change and the fu
 from lowrank_optax.adapters.change import Adapted, Change
 from lowrank_optax.adapters.core import Core
 from lowrank_optax.adapters.create import init, magnitude
+from lowrank_optax.adapters.files import export, load
 from lowrank_optax.adapters.lora import LoRA
 from lowrank_optax.adapters.lowrank import LowRankChange
 from lowrank_optax.adapters.magnitude import Magnitude
@@ -58,9 +59,11 @@ __all__ = [
     "VeRA",
     "add",
     "attach",
+    "export",
     "gradient",
     "init",
     "labels",
+    "load",
     "magnitude",
     "merge",
     "optimizer",
