@@ -35,6 +35,7 @@ from lowrank_optax.adapters.files import export, load
 from lowrank_optax.adapters.lora import LoRA
 from lowrank_optax.adapters.lowrank import LowRankChange
 from lowrank_optax.adapters.magnitude import Magnitude
+from lowrank_optax.adapters.quantized import Quantized, quantize
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.adapters.rotation import Householder
 from lowrank_optax.adapters.rules import optimizer
@@ -55,6 +56,7 @@ __all__ = [
     "LoRA",
     "LowRankChange",
     "Magnitude",
+    "Quantized",
     "Request",
     "VeRA",
     "add",
@@ -67,5 +69,6 @@ __all__ = [
     "magnitude",
     "merge",
     "optimizer",
+    "quantize",
     "unmerge",
 ]

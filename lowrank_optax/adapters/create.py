@@ -101,6 +101,8 @@ def init(
         request = _request(key, name, leaf, axes, rank, of_kind, of_start, alpha, scale)
         requests.append(request)
         found[name], taken = of_kind.make(request)
+        if taken is not None and is_composed(leaf):
+            raise ValueError(f"start={of_start.name!r} corrects {name!r}, which is quantized: quantize after init")
         return box if taken is None else closed(box, _without(request, taken).astype(leaf.dtype))
 
     is_leaf = lambda x: is_box(x) or is_lowrank(x) or is_composed(x)  # noqa: E731

@@ -240,3 +240,26 @@ def test_sums_of_several_changes_of_one_base() -> None:
         lro.adapters.add(dora)
     with pytest.raises(ValueError, match="one weight for each tree, got 1 for 2"):
         lro.adapters.add(deltas[0], deltas[1], weights=(1.0,))
+
+
+def test_bases_of_eight_bits() -> None:
+    """They run in every layer with and without a change, as the kernels that they stand for, and stay integers."""
+    model, shape, _ = CASES["scan, attention, remat"]
+    x = draw(shape)
+    variables, delta = adapted(model, x, "dora")
+    where = lro.linen.kernels(model, x)
+    small = lro.adapters.quantize(variables["params"], where=where)
+    kernels = [k for k in jax.tree.leaves(small, is_leaf=is_quantized) if is_quantized(k)]
+    assert len(kernels) == 6 and all(k.values.dtype == jnp.int8 for k in kernels)
+    dense = jax.tree.map(lambda k: k.to_dense() if is_quantized(k) else k, small, is_leaf=is_quantized)
+    worst = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max() / jnp.abs(b).max()), dense, variables["params"])
+    assert max(jax.tree.leaves(worst)) < 1 / 250
+    apply = jax.jit(lro.linen.apply(model))
+    close(apply({"params": small}, x), model.apply({"params": dense}, x))
+    close(apply({"params": small, "adapters": delta}, x), apply({"params": dense, "adapters": delta}, x))
+    with pytest.raises(ValueError, match="start='pissa' corrects '.*/kernel', which is quantized: quantize after init"):
+        lro.adapters.init(jax.random.key(0), small, 2, kind="lora", start="pissa", where=where)
+
+
+def is_quantized(x) -> bool:
+    return isinstance(x, lro.adapters.Quantized)
