@@ -46,7 +46,7 @@ def _nodes(tree: Any) -> Any:
     if not isinstance(tree, Mapping):
         return tree
     values = {key: _nodes(value) for key, value in tree.items()}
-    return LoRA(**values) if set(values) == _FIELDS else values
+    return LoRA(**values) if set(values) == set(_FIELDS) else values
 
 
 def without_nodes(tree: Any, like: Any) -> Any:
@@ -68,4 +68,4 @@ def _is_state(tree: Any) -> bool:
     return isinstance(tree, Mapping) and hasattr(tree, "flat_state")
 
 
-_FIELDS = {"A", "B", "scale"}
+_FIELDS = ("A", "B", "scale")

@@ -143,7 +143,7 @@ def adapt(
       >>> optimizer = nnx.Optimizer(model, tx, wrt=lro.nnx.AdapterParam)
       >>> loss = lambda model: jnp.mean(model(jnp.ones((3, 8))) ** 2)
       >>> grads = nnx.grad(loss, argnums=nnx.DiffState(0, lro.nnx.AdapterParam))(model)
-      >>> optimizer.update(model, grads)
+      >>> _ = optimizer.update(model, grads)
     """
     if not any(True for _ in nnx.iter_modules(model)):
         raise TypeError(f"nnx.adapt changes an nnx module in place, got {type(model).__name__}")
