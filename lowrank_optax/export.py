@@ -88,7 +88,8 @@ def export_lora(folder: Any, params: Any, *, module: Module = dotted, base_model
 
 
 class Entry(NamedTuple):
-    """The adapter of one layer in the layout of PEFT: lora_A `(r, in)`, lora_B `(out, r)`, DoRA's lengths `(out,)`."""
+    """The adapter of one layer in the layout of PEFT: lora_A `(r, in)`, lora_B `(out, r)`, DoRA's lengths `(out,)`,
+    of convolutions as PEFT has them."""
 
     A: jax.Array
     B: jax.Array

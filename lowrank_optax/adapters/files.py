@@ -92,7 +92,8 @@ def _batch(change: Any) -> tuple[int, ...]:
 def _entry(path: str, change: Any) -> Entry:
     """One layer as PEFT has it."""
     if isinstance(change, Magnitude):
-        return _entry(path, change.change)._replace(magnitude=change.magnitude.reshape(-1))
+        entry, lengths = _entry(path, change.change), change.magnitude.reshape(-1)
+        return entry._replace(magnitude=lengths[None, :, None, None] if entry.A.ndim == 4 else lengths)
     change = as_change(change)
     scale = 1.0
     if isinstance(change, LoRA):
