@@ -35,7 +35,7 @@ from lowrank_optax.summary import Summary, summary
 __version__ = "0.1.0"
 
 # Modules that need Flax or Orbax, and names in them: imported when they are first used.
-_LAZY = {"checkpoint": "", "export_lora": "export", "linen": "", "nnx": ""}
+_LAZY = {"adapters": "", "checkpoint": "", "export_lora": "export", "linen": "", "nnx": ""}
 
 __all__ = [
     "Axes",
@@ -51,6 +51,7 @@ __all__ = [
     "Spectrum",
     "Summary",
     "Tangent",
+    "adapters",
     "buckets",
     "budget",
     "checkpoint",

@@ -17,10 +17,10 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
+from lowrank_optax.contractions import contract
 from lowrank_optax.factors import FactoredKernel
 from lowrank_optax.linalg import highest_precision
 from lowrank_optax.lowrank import LowRank
-from lowrank_optax.products import contract
 
 
 @jax.tree_util.register_dataclass

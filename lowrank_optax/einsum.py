@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import string
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from lowrank_optax.axes import Axes
 from lowrank_optax.blocks import BlockLowRank
 from lowrank_optax.lowrank import absorb, contract, is_lowrank
+from lowrank_optax.product import Product, is_composed
 
 
 class _Equation(NamedTuple):
@@ -113,7 +115,8 @@ def einsum(
     Args:
       equation: `x,w->y`, explicit; x may have an ellipsis.
       x: the activation.
-      W: the kernel, with the axes of `einsum_axes(equation)`; anything else goes to `jnp.einsum` unchanged.
+      W: the kernel, with the axes of `einsum_axes(equation)`, or one of `adapters.attach`; anything else goes to
+        `jnp.einsum` unchanged.
       precision: passed to each product.
       preferred_element_type: passed to each product.
       **kwargs: passed to the last product, e.g. `out_sharding`.
@@ -132,6 +135,8 @@ def einsum(
       (1, 5, 2, 4)
     """
     options = dict(precision=precision, preferred_element_type=preferred_element_type)
+    if is_composed(W):
+        return W.through(product(equation, x, lambda K: einsum(equation, x, K, **options, **kwargs)))
     if not is_lowrank(W):
         return jnp.einsum(equation, x, W, **options, **kwargs)
     e = _parse(equation, jnp.ndim(x))
@@ -180,6 +185,22 @@ def _with_grid(e: _Equation, x: jax.Array, W: BlockLowRank, options: dict[str, A
         return W.product(x, tuple(map(letters.index, e.inputs)), (), **options)
 
     return _in_order(run(e.x, e.stacked, x, W), e.stacked + rest + e.outputs, e.y, spec)
+
+
+def product(equation: str, x: Any, times: Callable[[Any], jax.Array]) -> Product:
+    """A product `times` with W in an equation, whose outputs a composed kernel may scale."""
+    e = _parse(equation, jnp.ndim(x))
+
+    def columns(c: jax.Array, ndim: int) -> jax.Array:
+        if e.transposed:
+            raise ValueError(f"W in {equation!r} is stored transposed, and its columns are no outputs of the layer")
+        letters = e.stacked + e.outputs
+        shown = [letter for letter in e.y if letter in letters]
+        c = jnp.transpose(c, [letters.index(letter) for letter in shown])
+        sizes = dict(zip(shown, c.shape, strict=True))
+        return c.reshape([sizes.get(letter, 1) for letter in e.y])
+
+    return Product(times, columns)
 
 
 def _product(a: str, x: jax.Array, b: str, factor: jax.Array, summed: str, **options: Any) -> tuple[str, jax.Array]:

@@ -7,8 +7,8 @@ import math
 import pathlib
 import re
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +20,17 @@ from lowrank_optax.paths import path_name
 from lowrank_optax.resize import resize
 
 Module = Callable[[str, tuple[int, ...]], str]
+PREFIX = "base_model.model."  # of the names of PEFT's tensors
 
 
-def _module(path: str, index: tuple[int, ...]) -> str:
+def dotted(path: str, index: tuple[int, ...]) -> str:
     """`"encoder/dense/kernel"` becomes `"encoder.dense"`."""
     if index:
         raise ValueError(f"{path!r} stacks kernels: pass module=lambda path, index: ... to name the layer of each")
     return path.removesuffix("kernel").rstrip("/").replace("/", ".")
 
 
-def export_lora(folder: Any, params: Any, *, module: Module = _module, base_model: str | None = None) -> None:
+def export_lora(folder: Any, params: Any, *, module: Module = dotted, base_model: str | None = None) -> None:
     r"""Writes low-rank changes of a model's kernels as a LoRA adapter, as PEFT stores and loads them.
 
     PEFT adds `x A^T B^T alpha / r` to the output of a layer. With
@@ -64,11 +65,6 @@ def export_lora(folder: Any, params: Any, *, module: Module = _module, base_mode
       >>> json.loads((folder / "adapter_config.json").read_text())["target_modules"]
       'encoder\\.layer\\.0\\.output\\.dense'
     """
-    try:
-        from safetensors.flax import save_file
-    except ImportError as error:
-        raise ImportError("export_lora writes safetensors: pip install lowrank-optax[export]") from error
-
     pairs: dict[str, tuple[jax.Array, jax.Array]] = {}
     left_out = []
     for path, W in jax.tree_util.tree_leaves_with_path(resize(unboxed(params)[0])[0], is_leaf=is_lowrank):
@@ -84,7 +80,7 @@ def export_lora(folder: Any, params: Any, *, module: Module = _module, base_mode
             name = module(path_name(path), index)
             if not name or name in pairs:
                 raise ValueError(f"module names kernel {path_name(path)!r} {index or ''} {name!r}, a name must be new")
-            pairs[name] = _pair(W[index] if index else W)
+            pairs[name] = lora_pair(W[index] if index else W)
     if not pairs:
         raise ValueError("there is no LowRank node to export")
     if left_out:
@@ -93,38 +89,78 @@ def export_lora(folder: Any, params: Any, *, module: Module = _module, base_mode
             f"an adapter holds changes of kernels only: {', '.join(left_out[:5])}{more} are not exported", stacklevel=2
         )
 
-    ranks = {name: int(a.shape[0]) for name, (a, _) in pairs.items()}
+    write(folder, {name: Entry(a, b, float(a.shape[0])) for name, (a, b) in pairs.items()}, base_model=base_model)
+
+
+class Entry(NamedTuple):
+    """The adapter of one layer in the layout of PEFT: lora_A `(r, in)`, lora_B `(out, r)`, DoRA's lengths `(out,)`,
+    of convolutions as PEFT has them."""
+
+    A: jax.Array
+    B: jax.Array
+    alpha: float
+    magnitude: jax.Array | None = None
+
+
+def write(
+    folder: Any, entries: Mapping[str, Entry], *, base_model: str | None = None, save: Mapping[str, Any] | None = None
+) -> None:
+    """Writes `adapter_model.safetensors` and `adapter_config.json`.
+
+    Args:
+      folder: where to write; a missing folder is made.
+      entries: adapters by the name of their layer.
+      base_model: for the config.
+      save: further arrays by the name of the parameter that they replace, as `modules_to_save`.
+    """
+    try:
+        from safetensors.flax import save_file
+    except ImportError as error:
+        raise ImportError("an adapter is written as safetensors: pip install lowrank-optax[export]") from error
+
+    ranks = {name: int(entry.A.shape[0]) for name, entry in entries.items()}
     most = max(ranks.values())
+    usual = max(_number(entry.alpha) for name, entry in entries.items() if ranks[name] == most)
     # Anchored, because PEFT looks for a pattern at the end of a module's name.
-    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != most}
+    of_rank = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != most}
+    alphas = {f"^{re.escape(name)}": _number(entry.alpha) for name, entry in entries.items()}
+    save = {} if save is None else save
     config = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "r": most,
-        "lora_alpha": most,
+        "lora_alpha": usual,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
+        "use_dora": any(entry.magnitude is not None for entry in entries.values()),
         # One pattern, which PEFT matches with full names. Names in a list also match as ends of other names.
         "target_modules": "|".join(map(re.escape, sorted(ranks))),
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
+        "rank_pattern": of_rank,
+        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != usual},
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in save}) or None,
     }
-    tensors = {
-        f"base_model.model.{name}.lora_{letter}.weight": factor
-        for name, pair in pairs.items()
-        for letter, factor in zip("AB", pair, strict=True)
-    }
+    tensors: dict[str, Any] = {f"{PREFIX}{name}": jnp.asarray(x) for name, x in save.items()}
+    for name, entry in entries.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = entry.A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = entry.B
+        if entry.magnitude is not None:
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = entry.magnitude
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _pair(W: LowRank) -> tuple[jax.Array, jax.Array]:
+def _number(alpha: float) -> int | float:
+    """An int where it is one: PEFT's configs have ints."""
+    return int(alpha) if float(alpha).is_integer() else float(alpha)
+
+
+def lora_pair(W: LowRank) -> tuple[jax.Array, jax.Array]:
     """lora_A and lora_B of one kernel."""
     a = (W.U @ W.S).astype(W.dtype)
     b = W.V.reshape(math.prod(W.out_shape), W.width)

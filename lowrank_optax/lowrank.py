@@ -10,6 +10,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
+from lowrank_optax.contractions import contract as contract
 from lowrank_optax.factors import FactoredKernel as FactoredKernel
 from lowrank_optax.factors import arithmetic_refused as arithmetic_refused
 from lowrank_optax.factors import cast_like as cast_like
@@ -18,7 +19,6 @@ from lowrank_optax.factors import has_arrays as has_arrays
 from lowrank_optax.factors import is_lowrank as is_lowrank
 from lowrank_optax.factors import matmul as matmul
 from lowrank_optax.linalg import highest_precision
-from lowrank_optax.products import contract as contract
 
 
 @jax.tree_util.register_dataclass

@@ -15,6 +15,7 @@ from lowrank_optax.boxes import unboxed
 from lowrank_optax.linen.where import declarations
 from lowrank_optax.lowrank import LowRank, is_lowrank
 from lowrank_optax.paths import path_name
+from lowrank_optax.product import is_composed
 
 _ADVICE = (
     "lowrank_optax.factorize(params, rank, where=lowrank_optax.linen.kernels(model, *inputs)) reads the axes off the "
@@ -32,11 +33,17 @@ class SlicedError(LayerError):
     """Factors that nn.scan or nn.vmap sliced along an axis they do not share; a module above can say more."""
 
 
-def refused(error: Exception, module: Any, kernels: Mapping[str, LowRank]) -> LayerError | None:
+def refused(error: Exception, module: Any, kernels: Mapping[str, Any]) -> LayerError | None:
     """The error of a module that takes its kernels for arrays; None if something else is wrong."""
     if not kernels or not _about_factors(error, module, kernels):
         return None
     names = ["/".join((*module.path, name)) for name in kernels]
+    if any(map(is_composed, kernels.values())):
+        return LayerError(
+            f"{type(module).__name__} cannot run with a changed kernel at {names}: changes run in the layers that run "
+            "factors. Register it with lowrank_optax.linen.register, or leave it out: lowrank_optax.adapters.init(..., "
+            "where=lowrank_optax.linen.kernels(model, *inputs))"
+        )
     return LayerError(
         f"{type(module).__name__} cannot run with a LowRank parameter at {names}: factors run in Dense, DenseGeneral, "
         "Conv, ConvTranspose (without groups, mask, transpose_kernel or *_cls hooks), Einsum, and layers of "
@@ -45,14 +52,14 @@ def refused(error: Exception, module: Any, kernels: Mapping[str, LowRank]) -> La
     )
 
 
-def _about_factors(error: Exception, module: Any, kernels: Mapping[str, LowRank]) -> bool:
+def _about_factors(error: Exception, module: Any, kernels: Mapping[str, Any]) -> bool:
     """True for Flax's check of the shape of one of these kernels, and for operations that a LowRank has not."""
     text = str(error)
     if isinstance(error, errors.ScopeParamShapeError):
         return any(text.startswith(f'For parameter "{name}" in "{module.scope.path_text}"') for name in kernels)
-    if (
-        f"{LowRank.__module__}.{LowRank.__qualname__}" in text or "'LowRank' object" in text
-    ):  # in words of JAX or Python
+    classes = {type(kernel) for kernel in kernels.values()}
+    # in words of JAX or Python
+    if any(f"{c.__module__}.{c.__qualname__}" in text or f"'{c.__name__}' object" in text for c in classes):
         return isinstance(error, TypeError | ValueError | AttributeError)
     at = error.__traceback__
     while at is not None and at.tb_next is not None:

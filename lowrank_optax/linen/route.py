@@ -15,7 +15,10 @@ from lowrank_optax.boxes import opened
 from lowrank_optax.linen import stock as stock  # registers Flax's own layers
 from lowrank_optax.linen.misfit import LayerError, misfit, refuse_normalized, refused, stacked_misfit
 from lowrank_optax.linen.registry import Layer, declared_axes, find, leaves_of, normalizer
-from lowrank_optax.lowrank import LowRank, arithmetic_refused, is_lowrank
+from lowrank_optax.lowrank import arithmetic_refused, is_lowrank
+from lowrank_optax.product import is_composed
+
+ADAPTERS = "adapters"  # the collection of changes of frozen kernels
 
 
 @contextlib.contextmanager
@@ -92,10 +95,11 @@ class apply:
 def _intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
     """Runs a registered layer with factored kernels by its `forward`, anything else unchanged."""
     module: Any = context.module
+    _attach_adapters(module.scope)
     if normalizer(module) is not None:
         refuse_normalized(module)
     own = _own_parameters(module)
-    kernels = {name: leaf for name, leaf in own.items() if is_lowrank(leaf)}
+    kernels = {name: leaf for name, leaf in own.items() if is_kernel(leaf)}
     layer = find(module, getattr(context.orig_method, "func", None)) if kernels else None
     if layer is not None and set(kernels) <= set(layer.leaves):
         weights = _checked(layer, module, own, args, kwargs)
@@ -113,6 +117,26 @@ def _intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.Interce
         raise error from e
 
 
+def is_kernel(x: Any) -> bool:
+    """Whether x is a kernel in another form than an array."""
+    return is_lowrank(x) or is_composed(x)
+
+
+def _attach_adapters(scope: Any) -> None:
+    """Puts the collection "adapters" of a call into its parameters, where lifted transformations find it.
+
+    `nn.scan` and `nn.vmap` hand on the collections that a model names, and no model names this one. The scope belongs
+    to this call, and its dict of collections is no dict of the user's.
+    """
+    root = None if scope is None else scope.root
+    if root is None or ADAPTERS not in root._variables:
+        return
+    from lowrank_optax.adapters.trees import attach  # needs nothing of Flax, and loads with the first adapter
+
+    delta = root._variables.pop(ADAPTERS)
+    root._variables["params"] = attach(root._variables.get("params", {}), delta)
+
+
 def _own_parameters(module: Any) -> dict[str, Any]:
     """The parameters that belong to this very module, boxes opened."""
     if module.scope is None:
@@ -127,7 +151,7 @@ def _fetched(leaf: Any) -> Any:
     A box around the whole kernel has the names of the dense axes, which would be wrong constraints of the factors.
     """
     value = opened(leaf)
-    return meta.unbox(value) if is_lowrank(value) else leaf
+    return meta.unbox(value) if is_kernel(value) else leaf
 
 
 def _checked(layer: Layer, module: Any, own: dict[str, Any], args: Any, kwargs: Any) -> list[Any]:
@@ -135,7 +159,7 @@ def _checked(layer: Layer, module: Any, own: dict[str, Any], args: Any, kwargs: 
     declared = declared_axes(layer, module, args, kwargs)
     for name, axes in declared.items():
         W: Any = own.get(name)
-        if not is_lowrank(W):
+        if not is_kernel(W):
             continue
         path = "/".join((*module.path, name))
         if isinstance(axes, str):
@@ -144,13 +168,14 @@ def _checked(layer: Layer, module: Any, own: dict[str, Any], args: Any, kwargs: 
                 "lowrank_optax.factorize(..., where=lowrank_optax.linen.kernels(model, *inputs)), or a `where` that "
                 "returns False for it"
             )
-        if axes != Axes(len(W.batch_shape), len(W.in_shape)) or W.ndim <= sum(axes):
+        own_axes = W.axes if is_composed(W) else Axes(len(W.batch_shape), len(W.in_shape))
+        if axes != own_axes or W.ndim <= sum(axes):
             raise misfit(path, type(module).__name__, W, axes)
-    return [own[name] if is_lowrank(own.get(name)) else meta.unbox(own.get(name)) for name in layer.leaves]
+    return [own[name] if is_kernel(own.get(name)) else meta.unbox(own.get(name)) for name in layer.leaves]
 
 
 @contextlib.contextmanager
-def _parameters_as_they_are(module: Any, kernels: dict[str, LowRank]) -> Iterator[None]:
+def _parameters_as_they_are(module: Any, kernels: dict[str, Any]) -> Iterator[None]:
     """`module.param` gives factored kernels without the check of their shape, which is that of one array."""
 
     def param(name: str, *args: Any, **kwargs: Any) -> Any:

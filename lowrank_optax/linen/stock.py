@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +15,10 @@ from flax import errors
 
 from lowrank_optax.axes import Axes
 from lowrank_optax.blocks import BlockLowRank, grouped_kernel, padded_channels
-from lowrank_optax.einsum import einsum, einsum_axes, output_sizes
+from lowrank_optax.einsum import einsum, einsum_axes, output_sizes, product
 from lowrank_optax.linen.registry import register
-from lowrank_optax.lowrank import LowRank, absorb, contract, dot_general
+from lowrank_optax.lowrank import LowRank, absorb, contract, dot_general, is_lowrank
+from lowrank_optax.product import Product, is_composed, trailing_columns
 
 # Hooks that create variables of their own (fp8) and therefore do not run on a detached layer.
 _VARIABLE_HOOKS = ("dot_general_cls", "conv_general_dilated_cls")
@@ -59,15 +61,27 @@ def _kernel_shape(layer: Any, inputs: Any) -> tuple[int, ...]:
 
 
 def forward(layer: Any, kernel: Any, bias: Any, inputs: Any, *args: Any, **kwargs: Any) -> jax.Array:
-    """The output of a detached stock layer whose kernel is `kernel`, a factored one."""
-    inputs, U, S, V, bias = layer.promote_dtype(inputs, kernel.U, kernel.S, kernel.V, bias, dtype=layer.dtype)
-    W = type(kernel)(U, S, V)
-    run = _through_grid if isinstance(W, BlockLowRank) else _through_basis
-    y = run(layer, W, inputs, *args, **kwargs)
+    """The output of a detached stock layer whose kernel is factored, or composed of arrays and factored parts."""
+    axes = _axes(kernel)
+    times = functools.partial(_times, layer, bias, inputs, args, kwargs)
+    y = kernel.through(Product(times, trailing_columns(axes.batch))) if is_composed(kernel) else times(kernel)
     if bias is None:
         return y
-    free = (1,) * (y.ndim - len(W.batch_shape) - len(W.out_shape))
-    return y + bias.reshape(W.batch_shape + free + W.out_shape)
+    inner = axes.batch + axes.inputs
+    free = (1,) * (y.ndim - kernel.ndim + axes.inputs)
+    return y + bias.astype(y.dtype).reshape(kernel.shape[: axes.batch] + free + kernel.shape[inner:])
+
+
+def _times(layer: Any, bias: Any, inputs: Any, args: Any, kwargs: Any, kernel: Any) -> jax.Array:
+    """The output without bias, whose dtype counts."""
+    without_bias = dict(use_bias=False, kernel_init=nn.initializers.zeros)
+    if not is_lowrank(kernel):
+        inputs, kernel, _ = layer.promote_dtype(inputs, kernel, bias, dtype=layer.dtype)
+        return layer.clone(**without_bias).apply({"params": {"kernel": kernel}}, inputs, *args, **kwargs)
+    inputs, U, S, V, _ = layer.promote_dtype(inputs, kernel.U, kernel.S, kernel.V, bias, dtype=layer.dtype)
+    W = type(kernel)(U, S, V)
+    run = _through_grid if isinstance(W, BlockLowRank) else _through_basis
+    return run(layer, W, inputs, *args, **kwargs)
 
 
 def _through_basis(layer: Any, W: LowRank, inputs: Any, *args: Any, **kwargs: Any) -> jax.Array:
@@ -111,13 +125,18 @@ def _through_grid(layer: Any, W: BlockLowRank, inputs: Any, *args: Any, **kwargs
     return dot_general(inputs, W, numbers, precision=layer.precision)
 
 
+def _axes(kernel: Any) -> Axes:
+    return kernel.axes if is_composed(kernel) else Axes(len(kernel.batch_shape), len(kernel.in_shape))
+
+
 def _running(stock: type[nn.Module]) -> Callable[..., jax.Array]:
     """`forward` for the modules of a stock class, with the checks of shapes that Flax makes for a dense kernel."""
 
-    def run(module: Any, W: LowRank, inputs: Any, *args: Any, **kwargs: Any) -> jax.Array:
+    def run(module: Any, W: Any, inputs: Any, *args: Any, **kwargs: Any) -> jax.Array:
         layer = detach(stock, module)
         _check_shape(module, W, _kernel_shape(layer, inputs))
-        return forward(layer, W, _bias(module, W.batch_shape + W.out_shape), inputs, *args, **kwargs)
+        batch, n = _axes(W)
+        return forward(layer, W, _bias(module, W.shape[:batch] + W.shape[batch + n :]), inputs, *args, **kwargs)
 
     return run
 
@@ -126,19 +145,23 @@ def _einsum_equation(module: Any, inputs: Any, einsum_str: str | None = None) ->
     return nn.merge_param("einsum_str", module.einsum_str, einsum_str)
 
 
-def _run_einsum(module: Any, W: LowRank, inputs: Any, einsum_str: str | None = None) -> jax.Array:
+def _run_einsum(module: Any, W: Any, inputs: Any, einsum_str: str | None = None) -> jax.Array:
     """`nn.Einsum` with a factored kernel."""
     equation = _einsum_equation(module, inputs, einsum_str)
     _check_shape(module, W, tuple(module.shape))
     sizes = output_sizes(equation, jax.numpy.ndim(inputs), W.shape)
     bias = _bias(module, tuple(size for size in sizes if size is not None))
-    inputs, U, S, V, bias = module.promote_dtype(inputs, W.U, W.S, W.V, bias, dtype=module.dtype)
     options = dict(precision=module.precision, preferred_element_type=module.preferred_element_type)
-    y = einsum(equation, inputs, type(W)(U, S, V), **options)
-    return y if bias is None else y + bias.reshape([1 if size is None else size for size in sizes])
+
+    def times(K: Any) -> jax.Array:
+        x, _, *leaves = module.promote_dtype(inputs, bias, *jax.tree.leaves(K), dtype=module.dtype)
+        return einsum(equation, x, jax.tree.unflatten(jax.tree.structure(K), leaves), **options)
+
+    y = W.through(product(equation, inputs, times)) if is_composed(W) else times(W)
+    return y if bias is None else y + bias.astype(y.dtype).reshape([1 if size is None else size for size in sizes])
 
 
-def _check_shape(module: Any, W: LowRank, declared: tuple[int, ...]) -> None:
+def _check_shape(module: Any, W: Any, declared: tuple[int, ...]) -> None:
     if W.shape != declared:
         raise errors.ScopeParamShapeError("kernel", module.scope.path_text, W.shape, declared)
 

@@ -75,13 +75,13 @@ def factorize(
     axes: dict[str, Axes] = {}
     reasons: dict[str, str] = {}
     for name, parameter in found.items():
-        answer = _answer(name, parameter, rank, where)
+        answer = axes_or_reason(name, parameter, rank, where)
         if isinstance(answer, Axes):
             axes[name] = answer
         else:
             reasons[name] = answer
     if not axes:
-        raise ValueError(_nothing(rank, found, reasons))
+        raise ValueError(nothing(rank, found, reasons))
     dense = {name: found[name].variable.get_value() for name in axes}
     chosen = lambda name, shape: axes[name]  # noqa: E731
     factored = factorize_tree(dense, rank, max_rank=max_rank, where=chosen, scale=scale, blocks=blocks)
@@ -97,11 +97,11 @@ def factorize(
 def _kernel_axes(found: dict[str, Parameter], where: Where | None) -> dict[str, Axes]:
     """The split of every dense kernel that `factorize` takes at rank 1."""
     dense = {name: p for name, p in found.items() if not is_lowrank(p.variable.get_raw_value())}
-    answers = {name: _answer(name, parameter, 1, where) for name, parameter in dense.items()}
+    answers = {name: axes_or_reason(name, parameter, 1, where) for name, parameter in dense.items()}
     return {name: axes for name, axes in answers.items() if isinstance(axes, Axes)}
 
 
-def _answer(name: str, parameter: Parameter, rank: Rank, where: Where | None) -> Axes | str:
+def axes_or_reason(name: str, parameter: Parameter, rank: Rank, where: Where | None) -> Axes | str:
     """The axes of a parameter that is to be factored, or the reason why it stays dense."""
     shape, axes = parameter.shape, parameter.axes
     if is_lowrank(parameter.variable.get_raw_value()):
@@ -126,6 +126,7 @@ def _is_own(parameter: Parameter) -> bool:
     return all(base is nnx.Module for base in bases)
 
 
-def _nothing(rank: Rank, found: dict[str, Parameter], reasons: dict[str, str]) -> str:
+def nothing(rank: Rank, found: dict[str, Parameter], reasons: dict[str, str], verb: str = "factor") -> str:
+    """The message of a model that has no kernel for a call, with the reasons."""
     lines = [f"  {name} {found[name].shape}: {reason}" for name, reason in reasons.items()]
-    return f"no kernel to factor at rank {rank}. Parameters with two axes or more:\n{listed(lines)}"
+    return f"no kernel to {verb} at rank {rank}. Parameters with two axes or more:\n{listed(lines)}"

@@ -64,12 +64,18 @@ def declared(layer: Any) -> Declared | str:
 
 def install(layer: Any) -> None:
     """Puts the hooks that run a factored kernel into a stock layer; they run a dense one unchanged."""
-    kind = _kind(layer)
-    assert kind is not None
-    hook, _, ours = _PRODUCTS[kind]
+    hook, ours = hook_of(layer)
     setattr(layer, hook, ours)
     if not isinstance(layer.promote_dtype, PromoteLeaves):
         layer.promote_dtype = PromoteLeaves(layer.promote_dtype)
+
+
+def hook_of(layer: Any) -> tuple[str, Any]:
+    """The attribute of a stock layer that holds its product, and the product that runs factors."""
+    kind = _kind(layer)
+    assert kind is not None
+    hook, _, ours = _PRODUCTS[kind]
+    return hook, ours
 
 
 def _kind(layer: Any) -> type | None:

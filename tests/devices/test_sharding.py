@@ -17,7 +17,11 @@ from tests import distributed as d
 
 @pytest.mark.slow
 def test_on_eight_devices():
-    d.run_on_eight_devices("tests/eight_devices.py", "tests/devices/kernels_on_eight_devices.py", "tests/devices/blocks_on_eight_devices.py")
+    d.run_on_eight_devices(
+        "tests/eight_devices.py",
+        "tests/devices/kernels_on_eight_devices.py",
+        "tests/devices/blocks_on_eight_devices.py",
+    )
 
 
 def kernel(inputs: tuple[int, ...], outputs: tuple[int, ...], batch: tuple[int, ...] = (), r: int = 2) -> lro.LowRank:

@@ -1,0 +1,74 @@
+r"""Adapters: small trained changes of frozen kernels, :math:`W = f(W_0, \delta)`.
+
+**Two trees.** `params, delta = init(key, params, rank, kind=...)` leaves the parameters as they are and makes a tree
+`delta` with one change for each chosen kernel. Gradients are taken with respect to `delta`, and the optimizer gets
+`delta`: nothing of the base can reach it, neither a gradient nor a moment nor a copy. The base may be in bfloat16 or
+another form; a layer computes :math:`x W_0 + x D` part by part and never forms :math:`W_0 + D`.
+
+**Four functions make a kind** (`Change`): `make` draws a change, `apply` multiplies a layer's input with it, `dense`
+says which kernel it stands for, `labels` which of its arrays are trained. `apply` sees the layer as a function of its
+kernel, so one kind runs in every layer of Flax, in `lowrank_optax.einsum` and in `x @ W`.
+
+**Four independent axes.**
+
+| kind | W | trained numbers |
+|---|---|---|
+| `"lowrank"` | `W0 + s U S V^T`, kept on its manifold by the optimizers of this package | `r (m + n + r)` |
+| `"lora"` | `W0 + s A B` | `r (m + n)` |
+| `"dora"`, `magnitude(kind)` | columns `m_j V_j / norm(V_j)` with `V = W0 + s A B` | `r (m + n) + n` |
+| `"core"` | `W0 + s U C V^T`, U and V frozen singular vectors of W0 (LoRA-XS) | `r^2` |
+| `"vera"` | `W0 + A diag(d) B^T diag(b)`, A and B random and shared by all layers | `n + r` |
+| `"loha"` | `W0 + s (A1 B1) o (A2 B2)` | `2 r (m + n)` |
+| `"lokr"` | `W0 + s kron(C, A B)` | `m1 n1 + r (m2 + n2)` |
+| `"fourier"` | `W0 + s Re ifft2(F)` with r entries in F | `r` |
+| `"hra"` | `H_r ... H_1 W0`, reflections of the inputs | `r m` |
+
+Starts: `"zero"`, `"pissa"`, `"olora"`, `gradient(grads)`. Scales: `"alpha/r"`, `"alpha/sqrt(r)"`, `"none"`; the scale
+is an array in `delta` that is not trained, so that a rank may change and the function does not. Rules of `optimizer`:
+`"plain"`, `"plus"`, `"precondition"`, `"pro"`, `"frozen_a"`, `"manifold"`.
+"""
+
+from lowrank_optax.adapters.change import Adapted, Change
+from lowrank_optax.adapters.core import Core
+from lowrank_optax.adapters.create import init, magnitude
+from lowrank_optax.adapters.files import export, load
+from lowrank_optax.adapters.lora import LoRA
+from lowrank_optax.adapters.lowrank import LowRankChange
+from lowrank_optax.adapters.magnitude import Magnitude
+from lowrank_optax.adapters.quantized import Quantized, quantize
+from lowrank_optax.adapters.request import Request
+from lowrank_optax.adapters.rotation import Householder
+from lowrank_optax.adapters.rules import optimizer
+from lowrank_optax.adapters.shared import Bank, VeRA
+from lowrank_optax.adapters.starts import gradient
+from lowrank_optax.adapters.structured import Fourier, LoHa, LoKr
+from lowrank_optax.adapters.trees import add, attach, labels, merge, unmerge
+
+__all__ = [
+    "Adapted",
+    "Bank",
+    "Change",
+    "Core",
+    "Fourier",
+    "Householder",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "LowRankChange",
+    "Magnitude",
+    "Quantized",
+    "Request",
+    "VeRA",
+    "add",
+    "attach",
+    "export",
+    "gradient",
+    "init",
+    "labels",
+    "load",
+    "magnitude",
+    "merge",
+    "optimizer",
+    "quantize",
+    "unmerge",
+]

@@ -1,0 +1,206 @@
+"""The protocol of a change of a kernel, and a frozen kernel with its change, `Adapted`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax.adapters.request import Request
+from lowrank_optax.axes import Axes
+from lowrank_optax.linalg import highest_precision, working_dtype
+from lowrank_optax.lowrank import LowRank, is_lowrank
+from lowrank_optax.product import Product, is_composed, trailing_columns
+
+Class = TypeVar("Class")
+
+
+@dataclass_transform(frozen_default=True, eq_default=False)
+def node(cls: type[Class]) -> type[Class]:
+    """Makes a class of fields a pytree, compared by identity like other nodes of arrays."""
+    made: Any = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    return jax.tree_util.register_dataclass(made)
+
+
+class Change:
+    """A trained change of a frozen kernel W0, a pytree of floating arrays: the base class of every kind.
+
+    Four functions make a kind: `make` draws it, `part` (or `apply`) says how a layer computes with it, `dense` says
+    which kernel it stands for, and `labels` which of its arrays are trained.
+
+    Attributes:
+      frozen: the names of fields that are not trained.
+      kind: its name in `init`.
+      bounded: whether its rank is at most `min(m, n)`.
+    """
+
+    frozen: ClassVar[frozenset[str]] = frozenset({"scale"})
+    kind: ClassVar[str]
+    bounded: ClassVar[bool] = True
+
+    @classmethod
+    def make(cls, request: Request) -> tuple[Any, Any]:
+        """The change at the start, and what is taken from W0 in exchange, a `LowRank` of matrices, or None.
+
+        Raises:
+          ValueError: for a kernel, a rank or a start that this kind does not have.
+        """
+        raise NotImplementedError
+
+    @property
+    def batch(self) -> int:
+        """The number of axes that stack independent kernels."""
+        raise NotImplementedError
+
+    def axes(self, shape: tuple[int, ...]) -> Axes:
+        """The split of the kernel of this shape."""
+        raise NotImplementedError
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a kernel of this shape can have this change."""
+        raise NotImplementedError
+
+    def part(self, base: Any) -> LowRank | jax.Array:
+        """D of `W = W0 + D`, in the axes of the kernel."""
+        raise NotImplementedError
+
+    def apply(self, base: Any, product: Product) -> jax.Array:
+        """The output of a layer, `x W0 + x D`, in the dtype that it has without a change."""
+        y = times_base(base, product)
+        return y + product.times(self.part(base).astype(y.dtype))
+
+    def dense(self, base: jax.Array) -> jax.Array:
+        """The kernel W for the dense W0, in float32 or better."""
+        return base.astype(working_dtype(base)) + to_dense(self.part(base))
+
+    def undo(self, merged: jax.Array) -> jax.Array:
+        """W0 for the dense kernel W, in float32 or better."""
+        return merged.astype(working_dtype(merged)) - to_dense(self.part(merged))
+
+    def labels(self) -> Any:
+        """`"trained"` or `"frozen"` in the place of every array; one label stands for a `LowRank`."""
+
+        def label(field: dataclasses.Field[Any]) -> Any:
+            value = getattr(self, field.name)
+            if isinstance(value, Change):
+                return value.labels()
+            return None if value is None else "frozen" if field.name in self.frozen else "trained"
+
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return dataclasses.replace(self, **{f.name: label(f) for f in fields})  # type: ignore[type-var]
+
+
+@node
+class Adapted:
+    """A kernel `W = f(W0, change)` that a layer multiplies with part by part: W is never formed.
+
+    Attributes:
+      base: W0, an array or a kernel in another form; it gets no gradient.
+      change: a `Change`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> params, delta = lro.adapters.init(jax.random.key(0), {"kernel": jnp.eye(6)}, rank=2)
+      >>> W = lro.adapters.attach(params, delta)["kernel"]
+      >>> (jnp.ones((3, 6)) @ W).shape
+      (3, 6)
+    """
+
+    base: Any
+    change: Any
+
+    __array_ufunc__ = None  # NumPy arrays leave `x @ W` to W
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the kernel."""
+        return tuple(self.base.shape)
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the kernel."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the base."""
+        return self.base.dtype
+
+    @property
+    def axes(self) -> Axes:
+        """How the axes of the kernel split."""
+        return self.change.axes(self.shape)
+
+    def through(self, product: Product) -> jax.Array:
+        """The output of a layer with this kernel."""
+        return self.change.apply(self.base, product)
+
+    def to_dense(self) -> jax.Array:
+        """The kernel W, formed."""
+        return self.change.dense(dense_base(self.base))
+
+    def __rmatmul__(self, x: Any) -> jax.Array:
+        """`x @ W`: the batch axes of the kernel come first in x, its input axes last."""
+        x, (batch, inputs) = jnp.asarray(x), self.axes
+        first = x.ndim - inputs
+        numbers = (
+            (tuple(range(first, x.ndim)), tuple(range(batch, batch + inputs))),
+            (tuple(range(batch)), tuple(range(batch))),
+        )
+
+        def times(K: Any) -> jax.Array:
+            return x @ K if is_lowrank(K) else jax.lax.dot_general(*_promoted(x, K), numbers)
+
+        return self.through(Product(times, trailing_columns(batch)))
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("an 'Adapted' object is a kernel in parts and no array: use x @ W, or to_dense()")
+
+    def __getitem__(self, index: Any) -> Any:
+        """`W[...]` is W, as for a Flax variable."""
+        if index is Ellipsis:
+            return self
+        raise TypeError("an adapted kernel has no entries to index; use to_dense()")
+
+
+def _promoted(x: jax.Array, K: jax.Array) -> tuple[jax.Array, jax.Array]:
+    dtype = jnp.result_type(x, K)
+    return x.astype(dtype), K.astype(dtype)
+
+
+def is_adapted(x: Any) -> bool:
+    """Whether x is a kernel with its change."""
+    return isinstance(x, Adapted)
+
+
+def is_change(x: Any) -> bool:
+    """Whether x is the change of one kernel: the `is_leaf` of maps over the tree of adapters."""
+    return isinstance(x, Change | LowRank)
+
+
+def times_base(base: Any, product: Product) -> jax.Array:
+    """The output of a layer with the frozen kernel alone."""
+    return base.through(product) if is_composed(base) else product.times(base)
+
+
+def dense_base(base: Any) -> jax.Array:
+    """The frozen kernel as an array."""
+    return base.to_dense() if hasattr(base, "to_dense") else base
+
+
+@highest_precision
+def to_dense(part: LowRank | jax.Array) -> jax.Array:
+    """A part of a kernel as an array."""
+    return part.to_dense() if isinstance(part, LowRank) else part
+
+
+def axes_with_rows(shape: tuple[int, ...], batch: int, rows: int) -> Axes:
+    """The split of a kernel whose input axes have a product of `rows`."""
+    product = 1
+    for inputs, size in enumerate(shape[batch:-1], start=1):
+        product *= size
+        if product == rows:
+            return Axes(batch, inputs)
+    raise ValueError(f"no input axes of a kernel of shape {shape} with {batch} batch axes have {rows} entries")

@@ -1,0 +1,185 @@
+"""`init`: changes of the chosen kernels of a parameter tree."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax.adapters.change import dense_base, to_dense
+from lowrank_optax.adapters.core import Core
+from lowrank_optax.adapters.lora import LoRA
+from lowrank_optax.adapters.lowrank import LowRankChange
+from lowrank_optax.adapters.magnitude import Over
+from lowrank_optax.adapters.request import Request
+from lowrank_optax.adapters.rotation import Householder
+from lowrank_optax.adapters.shared import BANK, VeRA, draw_bank
+from lowrank_optax.adapters.starts import as_start
+from lowrank_optax.adapters.structured import Fourier, LoHa, LoKr
+from lowrank_optax.adapters.trees import nested
+from lowrank_optax.axes import Axes, Rank, Where, check_where, matrix_shape, rank_number, split_axes
+from lowrank_optax.boxes import closed, is_box, opened
+from lowrank_optax.linalg import highest_precision, working_dtype
+from lowrank_optax.lowrank import is_lowrank
+from lowrank_optax.paths import listed, path_name, refuse_nnx
+from lowrank_optax.product import is_composed
+
+KINDS: dict[str, Any] = {
+    kind.kind: kind for kind in (LowRankChange, LoRA, Core, VeRA, LoHa, LoKr, Fourier, Householder)
+}
+KINDS["dora"] = Over(LoRA)
+
+_SCALES = {"alpha/r": lambda alpha, r: alpha / r, "alpha/sqrt(r)": lambda alpha, r: alpha / r**0.5}
+
+
+def init(
+    key: jax.Array,
+    params: Any,
+    rank: Rank,
+    *,
+    kind: Any = "lowrank",
+    start: Any = "zero",
+    alpha: float | None = None,
+    scale: str = "alpha/r",
+    where: Where | None = None,
+) -> tuple[Any, Any]:
+    r"""Trained changes of frozen kernels, in a tree of their own.
+
+    .. math:: W = W_0 + s\,D, \quad s = \alpha / r
+
+    Args:
+      key: a PRNG key. A kernel draws by its path, whatever other kernels there are.
+      params: the parameters of the model, in any floating dtype.
+      rank: an int, a fraction of `min(m, n)` in (0, 1], or a callable of path and shape.
+      kind: the parametrisation, see the table in `lowrank_optax.adapters`: `"lowrank"`, `"lora"`, `"dora"`, `"core"`,
+        `"vera"`, `"loha"`, `"lokr"`, `"fourier"`, `"hra"`, or `magnitude(kind)` for DoRA's lengths over another one.
+      start: `"zero"`, `"pissa"`, `"olora"`, or `gradient(grads)`.
+      alpha: the constant of the scale; None for s = 1 (for `"fourier"` s is alpha itself, 150 by default).
+      scale: `"alpha/r"`, `"alpha/sqrt(r)"`, or `"none"` for s = 1.
+      where: callable of the path and the shape that says which kernels change and how their axes split, as in
+        `factorize`; `lowrank_optax.linen.kernels(model, x)` reads them off a model. Default: every leaf named `kernel`
+        with `min(m, n) >= rank` whose axes leave no doubt.
+
+    Returns:
+      `params, delta`. The parameters come back as they are, except that kernels give way to a change that does not
+      start at zero. `delta` has nested dicts with one change for each chosen kernel, in float32 or better: it is what
+      the optimizer gets.
+
+    Raises:
+      ValueError: for a kernel that the kind cannot change, a rank above `min(m, n)`, an unknown kind, start or scale,
+        or if there is no kernel to change.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> model, x = nn.Dense(6), jnp.ones((2, 8))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> params, delta = lro.adapters.init(jax.random.key(1), params, rank=2, kind="lora", alpha=4)
+      >>> delta["kernel"].A.shape, float(delta["kernel"].scale)
+      ((8, 2), 2.0)
+      >>> lro.linen.apply(model)({"params": params, "adapters": delta}, x).shape
+      (2, 6)
+    """
+    refuse_nnx(params, "adapters.init", "lowrank_optax.nnx.adapt(model, rank)")
+    check_where(where)
+    of_kind, of_start = as_kind(kind), as_start(start)
+    if scale not in (*_SCALES, "none"):
+        raise ValueError(f"scale is one of {[*_SCALES, 'none']}, got {scale!r}")
+    found: dict[str, Any] = {}
+    requests: list[Request] = []
+    seen: list[str] = []
+
+    def one(path: Any, box: Any) -> Any:
+        leaf, name = opened(box), path_name(path)
+        shape = tuple(jnp.shape(leaf))
+        if len(shape) >= 2:
+            seen.append(f"  {name} {shape}")
+        axes = split_axes(name, shape, where, rank if of_kind.bounded else 1)
+        if axes is None:
+            return box
+        request = _request(key, name, leaf, axes, rank, of_kind, of_start, alpha, scale)
+        requests.append(request)
+        found[name], taken = of_kind.make(request)
+        if taken is not None and is_composed(leaf):
+            raise ValueError(f"start={of_start.name!r} corrects {name!r}, which is quantized: quantize after init")
+        return box if taken is None else closed(box, _without(request, taken).astype(leaf.dtype))
+
+    is_leaf = lambda x: is_box(x) or is_lowrank(x) or is_composed(x)  # noqa: E731
+    params = jax.tree_util.tree_map_with_path(one, params, is_leaf=is_leaf)
+    if not found:
+        raise ValueError(f"no kernel to change at rank {rank}. Parameters with two axes or more:\n{listed(seen)}")
+    delta = nested(found)
+    if any(isinstance(x, VeRA) for x in jax.tree.leaves(delta, is_leaf=lambda x: isinstance(x, VeRA))):
+        delta[BANK] = _bank(key, requests, delta)
+    return params, delta
+
+
+def as_kind(kind: Any) -> Any:
+    """The kind that an argument means."""
+    if isinstance(kind, str):
+        if kind not in KINDS:
+            raise ValueError(f"kind is one of {sorted(KINDS)} or lro.adapters.magnitude(kind), got {kind!r}")
+        return KINDS[kind]
+    if not hasattr(kind, "make"):
+        raise TypeError(f"kind is a name, one of {sorted(KINDS)}, or a class of changes, got {kind!r}")
+    return kind
+
+
+def magnitude(kind: Any) -> Over:
+    """DoRA's trained lengths of output columns over the change of directions of another kind, for `init`.
+
+    Args:
+      kind: the kind of the change of directions, `"lowrank"` say.
+
+    Returns:
+      A kind for `init`, see `lowrank_optax.adapters.Magnitude`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> kind = lro.adapters.magnitude("lowrank")
+      >>> params, delta = lro.adapters.init(jax.random.key(0), {"kernel": jnp.eye(6)}, rank=2, kind=kind)
+      >>> delta["kernel"].magnitude.shape
+      (6,)
+    """
+    return Over(as_kind(kind))
+
+
+def _request(
+    key: Any, name: str, leaf: Any, axes: Axes, rank: Rank, kind: Any, start: Any, alpha: float | None, scale: str
+) -> Request:
+    if is_lowrank(leaf):
+        raise ValueError(f"{name!r} is factored: a change needs a dense kernel, which lowrank_optax.densify makes")
+    if not (is_composed(leaf) or jnp.issubdtype(leaf.dtype, jnp.floating)):
+        raise ValueError(f"{name!r} has dtype {leaf.dtype}: only floating kernels are changed")
+    shape = tuple(leaf.shape)
+    m, n = matrix_shape(shape, axes)
+    r = rank_number(rank, name, shape, min(m, n))
+    if kind.bounded and r > min(m, n):
+        raise ValueError(f"rank {r} is larger than min(m, n) = {min(m, n)} of the kernel {name!r} of shape {shape}")
+    dense = dense_base(leaf)
+    W = dense.astype(working_dtype(dense)).reshape(*shape[: axes.batch], m, n)
+    of_path = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    return Request(of_path, name, W, shape, axes, r, _scale(kind, alpha, scale, r), start)
+
+
+def _scale(kind: Any, alpha: float | None, scale: str, rank: int) -> float:
+    if kind is Fourier:
+        return 150.0 if alpha is None else float(alpha)
+    return 1.0 if alpha is None or scale == "none" else float(_SCALES[scale](alpha, rank))
+
+
+@highest_precision
+def _without(request: Request, taken: Any) -> jax.Array:
+    """W0 without what the change takes over."""
+    return (request.W - to_dense(taken)).reshape(request.shape)
+
+
+def _bank(key: jax.Array, requests: list[Request], delta: dict[str, Any]) -> Any:
+    ranks = {request.rank for request in requests}
+    if len(ranks) > 1:
+        raise ValueError(f"layers of kind 'vera' share one bank and have one rank, got {sorted(ranks)}")
+    if BANK in delta:
+        raise ValueError(f"the parameters have an entry {BANK!r}, the name of the bank of kind 'vera'")
+    sizes = [(request.m, request.n) for request in requests]
+    return draw_bank(jax.random.fold_in(key, zlib.crc32(BANK.encode())), sizes, requests[0].rank, requests[0].W.dtype)

@@ -1,0 +1,291 @@
+"""Changes in the folders of PEFT: `adapter_model.safetensors` and `adapter_config.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_optax.adapters.core import Core
+from lowrank_optax.adapters.lora import LoRA
+from lowrank_optax.adapters.lowrank import LowRankChange, as_change
+from lowrank_optax.adapters.magnitude import Magnitude
+from lowrank_optax.adapters.trees import changes, nested
+from lowrank_optax.axes import Axes, Where, check_where, split_axes
+from lowrank_optax.boxes import is_box, opened
+from lowrank_optax.export import PREFIX, Entry, Module, dotted, lora_pair, write
+from lowrank_optax.lowrank import LowRank, is_lowrank
+from lowrank_optax.paths import path_name
+from lowrank_optax.product import is_composed
+
+_LETTERS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m"}
+_LETTERS["lora_magnitude_vector.weight"] = "m"  # in older files
+
+
+def export(
+    folder: Any,
+    delta: Any,
+    *,
+    module: Module = dotted,
+    base_model: str | None = None,
+    save: Mapping[str, Any] | None = None,
+) -> None:
+    r"""Writes changes of kinds `lowrank`, `lora`, `core` and `dora` as PEFT stores and loads them.
+
+    `lora_A` and `lora_B` are A and B transposed and :math:`\alpha = s r`. A change :math:`s\,U S V^\top` is written as
+    :math:`A = U S`, :math:`B = V^\top`. Layers whose rank or alpha differs from the most frequent ones are in
+    `rank_pattern` and `alpha_pattern`. Target names are exact: no other layer is adapted.
+
+    A change that did not start at zero belongs to the base that `init` returned. To write it for the base as it was,
+    export `add(delta, start, weights=(1, -1))`, with `start` the tree that `init` returned.
+
+    Args:
+      folder: where to write; a missing folder is made.
+      delta: the tree of changes.
+      module: callable of the path of a kernel and its index in a stack (`()` if it is not stacked) that returns the
+        name of the layer in the model that loads the adapter. Default: the path with dots, without `kernel`.
+      base_model: name or path of that model, for the config.
+      save: other trained parameters that go along, by their names in that model and in its layout, e.g.
+        `{"classifier.weight": W.T, "classifier.bias": b}`; the config names them as `modules_to_save`.
+
+    Raises:
+      ImportError: if safetensors is not installed (`pip install lowrank-optax[export]`).
+      ValueError: for changes of other kinds, a mixture of `dora` and others, or names that are empty or given twice.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro, tempfile
+      >>> params = {"dense": {"kernel": jnp.eye(6)}}
+      >>> params, delta = lro.adapters.init(jax.random.key(0), params, rank=2, kind="lora", alpha=4)
+      >>> folder = tempfile.mkdtemp()
+      >>> lro.adapters.export(folder, delta)
+      >>> lro.adapters.load(folder, params)["dense"]["kernel"].A.shape
+      (6, 2)
+    """
+    entries: dict[str, Entry] = {}
+    found = changes(delta)
+    if not found:
+        raise ValueError("there is no change to export")
+    if 0 < sum(isinstance(x, Magnitude) for x in found.values()) < len(found):
+        raise ValueError("the config says of all layers at once whether they are of kind 'dora': export them apart")
+    for path, change in found.items():
+        for index in np.ndindex(_batch(change)):
+            name = module(path, index)
+            if not name or name in entries:
+                raise ValueError(f"module names kernel {path!r} {index or ''} {name!r}, a name must be new")
+            entries[name] = _entry(path, jax.tree.map(lambda x, at=index: x[at], change))
+    write(folder, entries, base_model=base_model, save=save)
+
+
+def _batch(change: Any) -> tuple[int, ...]:
+    change = as_change(change)
+    return tuple(jax.tree.leaves(change)[0].shape[: change.batch])
+
+
+def _entry(path: str, change: Any) -> Entry:
+    """One layer as PEFT has it."""
+    if isinstance(change, Magnitude):
+        entry, lengths = _entry(path, change.change), change.magnitude.reshape(-1)
+        return entry._replace(magnitude=lengths[None, :, None, None] if entry.A.ndim == 4 else lengths)
+    change = as_change(change)
+    scale = 1.0
+    if isinstance(change, LoRA):
+        W = LowRank(change.A, jnp.eye(change.A.shape[-1], dtype=change.A.dtype), jnp.moveaxis(change.B, 0, -1))
+        scale = float(change.scale)
+    elif isinstance(change, LowRankChange | Core):
+        W = change.part(None)
+    else:
+        raise ValueError(f"the change of {path!r} is a {type(change).__name__}, which has no LoRA file: merge it")
+    a, b = lora_pair(W)
+    return Entry(a, b, scale * W.width)
+
+
+class _File(NamedTuple):
+    """What a folder holds: the config, factors by layer, and other tensors by name."""
+
+    config: dict[str, Any]
+    layers: dict[str, dict[str, np.ndarray]]
+    others: list[str]
+
+    def scale(self, name: str, rank: int) -> float:
+        """The factor of a layer, whose patterns PEFT matches with the end of its name."""
+        config = self.config
+        alpha = _matching(config.get("alpha_pattern"), name, config.get("lora_alpha", rank))
+        said = _matching(config.get("rank_pattern"), name, config.get("r", rank))
+        if said != rank:
+            raise ValueError(f"lora_A of {name!r} has rank {rank}, and adapter_config.json says {said}")
+        return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
+
+
+def _matching(patterns: Any, name: str, default: Any) -> Any:
+    return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def load(folder: Any, params: Any, *, module: Module = dotted, where: Where | None = None) -> Any:
+    """Reads a LoRA or DoRA adapter that PEFT wrote as a tree of changes, to be used, trained on or merged.
+
+    Args:
+      folder: the folder with `adapter_config.json` and `adapter_model.safetensors`.
+      params: the parameters of the base model, which tell the kernels.
+      module: as in `export`: the name in the file of the layer of a kernel.
+      where: as in `init`, for kernels whose axes leave a doubt; needed for stacked layers.
+
+    Returns:
+      A tree of changes of kind `lora` or `dora`, in float32 or better. Layers of a stack that the file leaves out get
+      a zero change, smaller ranks are padded with zeros. Other parameters of the file (`modules_to_save`) are named in
+      a warning.
+
+    Raises:
+      ImportError: if safetensors is not installed.
+      ValueError: for a folder that is incomplete, damaged, a pickle, of another method than LoRA and DoRA, or does not
+        fit the parameters.
+
+    Example:
+      See `export`.
+    """
+    check_where(where)
+    file = _read(pathlib.Path(folder))
+    rest = set(file.layers)
+    found: dict[str, Any] = {}
+
+    def one(path: Any, box: Any) -> None:
+        leaf, kernel = opened(box), path_name(path)
+        shape = tuple(jnp.shape(leaf))
+        axes = split_axes(kernel, shape, where, 1) if where is not None and len(shape) > 1 else None
+        if (where is not None and axes is None) or len(shape) < 2:
+            return
+        batch = shape[: axes.batch] if axes is not None else ()
+        names = {index: module(kernel, index) for index in np.ndindex(batch)}
+        here = {index: name for index, name in names.items() if name in file.layers}
+        if not here:
+            return
+        axes = split_axes(kernel, shape, None, 1) if axes is None else axes
+        assert axes is not None
+        rest.difference_update(here.values())
+        read = {index: _change(file, name, shape, axes) for index, name in here.items()}
+        found[kernel] = _stacked(read, batch)
+
+    is_leaf = lambda x: is_box(x) or is_lowrank(x) or is_composed(x)  # noqa: E731
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf):
+        one(path, leaf)
+    if rest:
+        raise ValueError(
+            f"{folder}: the parameters have no kernels for {len(rest)} layers of the file, pass module=... to map the "
+            f"names: {', '.join(sorted(rest)[:5])}"
+        )
+    if file.others:
+        warnings.warn(f"{folder}: not loaded, because they are no adapters: {', '.join(file.others[:5])}", stacklevel=2)
+    return nested(found)
+
+
+def _read(folder: pathlib.Path) -> _File:
+    """The contents of a folder, checked."""
+    try:
+        import safetensors
+        from safetensors.flax import load_file
+    except ImportError as error:
+        raise ImportError("an adapter is read from safetensors: pip install lowrank-optax[export]") from error
+    config_path, path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not config_path.is_file():
+        raise ValueError(f"{folder} has no adapter_config.json")
+    try:
+        config = json.loads(config_path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{config_path} is no JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{config_path} has peft_type {kind!r}, and only LORA is read")
+    if config.get("lora_bias"):
+        raise ValueError(f"{config_path} has lora_bias, which has no counterpart here")
+    if not path.is_file():
+        pickled = (folder / "adapter_model.bin").exists()
+        why = ", but a pickle, which may run code when it is read: save it again as safetensors" if pickled else ""
+        raise ValueError(f"{folder} has no adapter_model.safetensors{why}")
+    try:
+        tensors = load_file(path)
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors: {error}") from error
+    return _sorted(config, tensors)
+
+
+def _sorted(config: dict[str, Any], tensors: Mapping[str, Any]) -> _File:
+    layers: dict[str, dict[str, Any]] = {}
+    others: list[str] = []
+    saved = tuple(config.get("modules_to_save") or ())
+    wrong = []
+    for key, x in tensors.items():
+        name = key.removeprefix(PREFIX)
+        ending = next((ending for ending in _LETTERS if name.endswith(f".{ending}")), None)
+        if ending is not None:
+            layers.setdefault(name.removesuffix(f".{ending}"), {})[_LETTERS[ending]] = np.asarray(x)
+        elif name.rpartition(".")[0].endswith(saved) and saved:
+            others.append(name)
+        else:
+            wrong.append(name)
+    if wrong:
+        raise ValueError(f"the file has tensors that are no LoRA of a layer: {', '.join(sorted(wrong)[:5])}")
+    if not layers:
+        raise ValueError("the file has no lora_A and lora_B")
+    needed = "ABm" if config.get("use_dora") else "AB"
+    for name, letters in layers.items():
+        if set(letters) != set(needed):
+            raise ValueError(f"the file has not all of, or more than, {_names(needed)} for {name!r}")
+    return _File(config, layers, others)
+
+
+def _names(letters: str) -> str:
+    return ", ".join({"A": "lora_A", "B": "lora_B", "m": "lora_magnitude_vector"}[letter] for letter in letters)
+
+
+def _change(file: _File, name: str, shape: tuple[int, ...], axes: Axes) -> Any:
+    """The change of one kernel of a stack."""
+    inner = axes.batch + axes.inputs
+    inputs, outputs = shape[axes.batch : inner], shape[inner:]
+    of = {key: jnp.asarray(x) for key, x in file.layers[name].items()}
+    of = {key: x.astype(jnp.promote_types(x.dtype, jnp.float32)) for key, x in of.items()}
+    A, B = of["A"], of["B"]
+    rank = int(A.shape[0])
+    if A.size != rank * math.prod(inputs) or B.size != rank * math.prod(outputs) or B.shape[:2] != (B.shape[0], rank):
+        raise ValueError(
+            f"lora_A and lora_B of {name!r} have shapes {A.shape} and {B.shape}, and its kernel of {inputs} inputs and "
+            f"{outputs} outputs needs {(rank, math.prod(inputs))} and {(math.prod(outputs), rank)}"
+        )
+    A = jnp.transpose(A, (2, 3, 1, 0)) if A.ndim == 4 else A.T
+    scale = jnp.asarray(file.scale(name, rank), A.dtype)
+    change = LoRA(A.reshape(*inputs, rank), B.reshape(-1, rank).T.reshape(rank, *outputs), scale)
+    if "m" not in of:
+        return change
+    if of["m"].size != math.prod(outputs):
+        raise ValueError(f"lora_magnitude_vector of {name!r} has shape {of['m'].shape}, its kernel {outputs} outputs")
+    return Magnitude(change, of["m"].reshape(outputs))
+
+
+def _stacked(read: dict[tuple[int, ...], Any], batch: tuple[int, ...]) -> Any:
+    """The changes of a stack as one, with the largest rank; missing ones are zero."""
+    if not batch:
+        return read[()]
+    pairs = {index: x.change if isinstance(x, Magnitude) else x for index, x in read.items()}
+    has_lengths = any(isinstance(x, Magnitude) for x in read.values())
+    if has_lengths and len(read) < math.prod(batch):
+        raise ValueError("an adapter of kind 'dora' has all layers of a stack or none")
+    rank = max(x.A.shape[-1] for x in pairs.values())
+
+    def padded(x: LoRA) -> LoRA:
+        more = rank - x.A.shape[-1]
+        A = jnp.pad(x.A, [(0, 0)] * (x.A.ndim - 1) + [(0, more)])
+        return LoRA(A, jnp.pad(x.B, [(0, more)] + [(0, 0)] * (x.B.ndim - 1)), x.scale)
+
+    pairs = {index: padded(x) for index, x in pairs.items()}
+    zero = jax.tree.map(jnp.zeros_like, next(iter(pairs.values())))
+    stack = lambda xs: jax.tree.map(lambda *x: jnp.stack(x).reshape(*batch, *x[0].shape), *xs)  # noqa: E731
+    change = stack([pairs.get(index, zero) for index in np.ndindex(batch)])
+    if not has_lengths:
+        return change
+    return Magnitude(change, stack([read[index].magnitude for index in np.ndindex(batch)]))

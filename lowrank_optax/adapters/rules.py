@@ -1,0 +1,158 @@
+"""`optimizer`: an Optax transformation for the trained arrays of a tree of changes, by one of several rules."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.adapters.lora import LoRA
+from lowrank_optax.adapters.pairs import flatten_pair, is_pair, on_pairs, with_nodes, without_nodes
+from lowrank_optax.adapters.pro import pro
+from lowrank_optax.adapters.trees import labels
+from lowrank_optax.geometry import Geometry, Tangent
+from lowrank_optax.layout import map_matrices
+from lowrank_optax.lowrank import is_lowrank
+from lowrank_optax.optimize import fixed_rank
+
+
+def optimizer(
+    inner: optax.GradientTransformation,
+    rule: str = "plain",
+    *,
+    ratio: float | jax.Array = 16.0,
+    damping: float | jax.Array | None = None,
+    geometry: Geometry | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The optimizer of a tree of changes: `inner` on its trained arrays, no state for the others.
+
+    With :math:`W = W_0 + s\,A B`, A of m x r and B of r x n, and the gradients :math:`G_A, G_B` of a pair:
+
+    ============== ======================================================================================
+    `plain`        `inner` as it is.
+    `plus`         LoRA+: the updates of B times `ratio`.
+    `precondition` :math:`G_A (B B^\top + \lambda I)^{-1}` and :math:`(A^\top A + \lambda I)^{-1} G_B` go to `inner`.
+    `pro`          LoRA-Pro: `inner` sees the gradient of W that a step of both factors stands for (m x n, which is
+                   the size of its state), and its update is brought to the factors.
+    `frozen_a`     LoRA-FA: A is not trained and has no state.
+    `manifold`     `fixed_rank(inner, geometry=geometry)` for kernels of kind `lowrank`; like
+                   `optimizer(lro.lowrank_adam(...))`.
+    ============== ======================================================================================
+
+    Arrays that belong to no pair get `inner` under every rule.
+
+    Args:
+      inner: a transformation of Optax, with its learning rate.
+      rule: a rule of the table.
+      ratio: of `plus`, the step of B over the step of A.
+      damping: lambda of `precondition`, default 1e-6, and of `pro`, default 1e-8.
+      geometry: of `manifold`, see `fixed_rank`; default `Tangent()`, which leaves a zero change sooner than the others.
+
+    Returns:
+      An Optax transformation of trees of changes. Scales, frozen frames and banks get zero updates.
+
+    Raises:
+      ValueError: for an unknown rule; from `init` if no change in the tree is of the kind that the rule is for.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> params, delta = lro.adapters.init(jax.random.key(0), {"kernel": jnp.eye(6)}, rank=2, kind="lora")
+      >>> tx = lro.adapters.optimizer(optax.adamw(3e-4), rule="plus", ratio=8.0)
+      >>> state = tx.init(delta)
+      >>> sum(x.size for x in jax.tree.leaves(state) if x.ndim)  # two moments of A and B
+      48
+
+    References:
+      LoRA+: arXiv:2402.12354, section 4. Preconditioning: arXiv:2402.02347, equation 3. LoRA-Pro: arXiv:2407.18242,
+      theorems 2.1 and 2.2. LoRA-FA: arXiv:2308.03303.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule is one of {sorted(RULES)}, got {rule!r}")
+    options = {"ratio": ratio, "damping": damping, "geometry": geometry}
+    tx = optax.with_extra_args_support(RULES[rule](optax.with_extra_args_support(inner), options))
+    needed = is_lowrank if rule == "manifold" else None if rule == "plain" else is_pair
+
+    def init(delta: Any) -> Any:
+        delta = with_nodes(delta)
+        # A placeholder of `optax.tree.map_params` has no leaves, and no kind either.
+        if needed is not None and jax.tree.leaves(delta) and not any(map(needed, _nodes(delta))):
+            kind = "'lowrank'" if rule == "manifold" else "'lora' or 'dora'"
+            raise ValueError(f"rule {rule!r} is for changes of kind {kind}, and the tree has none")
+        return tx.init(delta)
+
+    def update(grads: Any, state: Any, delta: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(with_nodes(grads), state, with_nodes(delta), **extra_args)
+        return without_nodes(updates, grads), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _nodes(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=lambda x: is_pair(x) or is_lowrank(x))
+
+
+def trained(inner: Any, label: Callable[[Any], Any] = labels) -> optax.GradientTransformationExtraArgs:
+    """`inner` for the arrays with the label "trained" and no state for the others."""
+    return optax.with_extra_args_support(optax.partition({"trained": inner, "frozen": optax.set_to_zero()}, label))
+
+
+def _plain(inner: Any, options: dict[str, Any]) -> Any:
+    return trained(inner)
+
+
+def _plus(inner: Any, options: dict[str, Any]) -> Any:
+    ratio = options["ratio"]
+
+    def faster(update: LoRA, pair: LoRA) -> LoRA:
+        return dataclasses.replace(update, B=(ratio * update.B).astype(update.B.dtype))
+
+    return optax.chain(trained(inner), optax.stateless(lambda updates, delta: on_pairs(faster, updates, delta)))
+
+
+def _precondition(inner: Any, options: dict[str, Any]) -> Any:
+    damping = 1e-6 if options["damping"] is None else options["damping"]
+
+    def scaled(gradient: LoRA, pair: LoRA) -> LoRA:
+        flat, back = flatten_pair(gradient, pair)
+        return back(*map_matrices(_preconditioned, *flat, jnp.full(pair.scale.shape, damping, flat[0].dtype)))
+
+    return optax.chain(optax.stateless(lambda grads, delta: on_pairs(scaled, grads, delta)), trained(inner))
+
+
+def _frozen_a(inner: Any, options: dict[str, Any]) -> Any:
+    def without_A(delta: Any) -> Any:
+        return jax.tree.map(
+            lambda x: dataclasses.replace(x, A="frozen") if is_pair(x) else x, labels(delta), is_leaf=is_pair
+        )
+
+    return trained(inner, without_A)
+
+
+def _manifold(inner: Any, options: dict[str, Any]) -> Any:
+    geometry = options["geometry"]
+    return trained(fixed_rank(inner, geometry=Tangent() if geometry is None else geometry))
+
+
+def _pro(inner: Any, options: dict[str, Any]) -> Any:
+    return pro(trained(inner), 1e-8 if options["damping"] is None else options["damping"])
+
+
+RULES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
+    "plain": _plain,
+    "plus": _plus,
+    "precondition": _precondition,
+    "pro": _pro,
+    "frozen_a": _frozen_a,
+    "manifold": _manifold,
+}
+
+
+def _preconditioned(gA: jax.Array, gB: jax.Array, A: jax.Array, B: jax.Array, damping: jax.Array) -> Any:
+    eye = damping * jnp.eye(A.shape[1], dtype=A.dtype)
+    solve = jax.scipy.linalg.solve
+    new_A = solve(B @ B.T + eye, gA.T, assume_a="pos").T
+    return new_A, solve(A.T @ A + eye, gB, assume_a="pos")

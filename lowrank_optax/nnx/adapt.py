@@ -1,0 +1,263 @@
+"""Changes of the frozen kernels of nnx models, in variables of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+
+from lowrank_optax import adapters as ad
+from lowrank_optax.adapters.change import Change
+from lowrank_optax.adapters.create import as_kind
+from lowrank_optax.adapters.lowrank import as_change
+from lowrank_optax.adapters.shared import BANK, VeRA
+from lowrank_optax.adapters.trees import changes, nested
+from lowrank_optax.axes import Axes, Rank, Where, check_where
+from lowrank_optax.einsum import product as einsum_product
+from lowrank_optax.lowrank import is_lowrank
+from lowrank_optax.nnx.inplace import axes_or_reason, nothing
+from lowrank_optax.nnx.stock import declared, hook_of
+from lowrank_optax.nnx.where import Parameter, parameters
+from lowrank_optax.product import Product, trailing_columns
+
+
+class AdapterParam(nnx.Variable):  # type: ignore[type-arg]
+    """The trained arrays of the change of a kernel: `wrt=AdapterParam` trains them and nothing else."""
+
+
+class AdapterBuffer(nnx.Variable):  # type: ignore[type-arg]
+    """Arrays of a change that are not trained: scales, frozen frames, random banks."""
+
+
+class Fields(nnx.Module):
+    """The arrays of a change, each in a variable of its own, so that every optimizer of Optax may keep copies.
+
+    The scale of a pair is there twice: rules of optimizers read an `AdapterParam`, and the product an `AdapterBuffer`,
+    which no optimizer can decay.
+    """
+
+    def __init__(self, change: Change) -> None:
+        self.kind = nnx.static(type(change))
+        for field in dataclasses.fields(change):  # type: ignore[arg-type]
+            name, value = field.name, getattr(change, field.name)
+            if isinstance(value, Change):
+                setattr(self, name, Fields(value))
+            elif value is not None:
+                setattr(self, name, (AdapterBuffer if name in change.frozen else AdapterParam)(value))
+        if isinstance(change, ad.LoRA):
+            self.scale_of_product = AdapterBuffer(change.scale)
+            self.scale = AdapterParam(change.scale)
+
+    def value(self) -> Change:
+        """The change."""
+        kind: Any = self.kind
+        values: dict[str, Any] = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(kind)}
+        for name, x in values.items():
+            values[name] = x.value() if isinstance(x, Fields) else None if x is None else x.get_value()
+        if kind is ad.LoRA:
+            values["scale"] = self.scale_of_product.get_value()
+        change: Change = kind(**values)
+        return change
+
+
+class Adapter(nnx.Module):
+    """The product of a layer whose kernel has a change; `adapt` puts it into the layer's hook.
+
+    Attributes:
+      change: the `Fields` of the change, or an `AdapterParam` with a `LowRank`.
+      bank: the bank of kind `vera` in one `AdapterBuffer` for all layers, None for other kinds.
+      name: the hook, as in `nnx.Linear.dot_general`.
+    """
+
+    def __init__(self, change: Any, bank: AdapterBuffer | None, name: str, times: Any, replaced: Any) -> None:
+        self.change = AdapterParam(change) if is_lowrank(change) else Fields(change)
+        self.bank = nnx.data(bank)
+        self.name = name
+        self.times = nnx.static(times)
+        self.replaced = nnx.static(replaced)
+
+    def without_bank(self) -> Any:
+        """The change in the form that `init` gives it."""
+        return self.change.value() if isinstance(self.change, Fields) else self.change.get_value()
+
+    def value(self) -> Change:
+        """The change with all its arrays."""
+        change = as_change(self.without_bank())
+        return change if self.bank is None else _with_bank(change, self.bank.get_value())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        at = 2 if self.name == "einsum_op" else 1
+        base, change = args[at], self.value()
+
+        def times(K: Any) -> jax.Array:
+            return self.times(*args[:at], K, *args[at + 1 :], **kwargs)
+
+        columns = trailing_columns(change.batch)
+        product = einsum_product(args[0], args[1], times) if self.name == "einsum_op" else Product(times, columns)
+        return change.apply(base, product)
+
+
+def adapt(
+    model: Any,
+    rank: Rank | None = None,
+    *,
+    delta: Any = None,
+    rngs: nnx.Rngs | None = None,
+    kind: Any = "lowrank",
+    start: Any = "zero",
+    alpha: float | None = None,
+    scale: str = "alpha/r",
+    where: Where | None = None,
+) -> None:
+    r"""Gives kernels of an nnx model a trained change, in place; the kernels themselves stay as they are.
+
+    .. math:: y = x W_0 + s\,x D + b
+
+    The changes are `AdapterParam` variables below the hooks of stock layers: `nnx.Linear`, `nnx.LinearGeneral` (hence
+    `nnx.MultiHeadAttention`), `nnx.Einsum`, and `nnx.Conv` without groups and mask. Take gradients with
+    `nnx.DiffState(0, lro.nnx.AdapterParam)` and optimise with `wrt=lro.nnx.AdapterParam`.
+
+    Args:
+      model: an nnx module.
+      rank: as in `lowrank_optax.adapters.init`, like all arguments below.
+      delta: in place of `rank`, a tree of changes, from `lowrank_optax.adapters.load` say.
+      rngs: the stream `params` draws the changes, default `nnx.Rngs(0)`.
+      kind: the parametrisation.
+      start: the start; other starts than zero correct the kernels.
+      alpha: the constant of the scale.
+      scale: the scale.
+      where: callable of path and shape that returns False to leave a kernel as it is.
+
+    Raises:
+      TypeError: unless either `rank` or `delta` is given, or for anything but a module.
+      ValueError: as in `lowrank_optax.adapters.init`, and for changes without a layer that can run them.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp, lowrank_optax as lro, optax
+      >>> model = nnx.Linear(8, 6, rngs=nnx.Rngs(0))
+      >>> lro.nnx.adapt(model, rank=2, kind="lora", alpha=4)
+      >>> tx = lro.adapters.optimizer(optax.adamw(1e-2), rule="plus")
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=lro.nnx.AdapterParam)
+      >>> loss = lambda model: jnp.mean(model(jnp.ones((3, 8))) ** 2)
+      >>> grads = nnx.grad(loss, argnums=nnx.DiffState(0, lro.nnx.AdapterParam))(model)
+      >>> _ = optimizer.update(model, grads)
+    """
+    if not any(True for _ in nnx.iter_modules(model)):
+        raise TypeError(f"nnx.adapt changes an nnx module in place, got {type(model).__name__}")
+    if (rank is None) == (delta is None):
+        raise TypeError(f"nnx.adapt takes either rank or delta, got {'neither' if rank is None else 'both'}")
+    check_where(where)
+    found = parameters(model)
+    if delta is None:
+        assert rank is not None
+        axes, reasons = _chosen(found, rank if as_kind(kind).bounded else 1, where)
+        if not axes:
+            raise ValueError(nothing(rank, found, reasons, "change"))
+        key = (nnx.Rngs(0) if rngs is None else rngs).params()
+        kernels = {name: found[name].variable.get_value() for name in axes}
+        options = dict(kind=kind, start=start, alpha=alpha, scale=scale)
+        corrected, delta = ad.init(key, kernels, rank, where=lambda name, shape: axes[name], **options)
+        for name, kernel in corrected.items():
+            if kernel is not kernels[name]:
+                found[name].variable.set_value(kernel)
+    _install(found, delta)
+
+
+def adapters(model: Any) -> Any:
+    """The tree of changes of an adapted model, by the path of their kernels: what `lowrank_optax.adapters` takes.
+
+    Args:
+      model: an nnx module.
+
+    Returns:
+      Nested dicts of changes, for `lowrank_optax.adapters.export` say. Empty if there are none.
+
+    Example:
+      >>> from flax import nnx
+      >>> import lowrank_optax as lro
+      >>> model = nnx.Linear(8, 6, rngs=nnx.Rngs(0))
+      >>> lro.nnx.adapt(model, rank=2)
+      >>> lro.nnx.adapters(model)["kernel"].shape
+      (8, 6)
+    """
+    found = {name: _adapter(parameter) for name, parameter in parameters(model).items()}
+    of_kernels = {name: adapter for name, adapter in found.items() if adapter is not None}
+    tree = nested({name: adapter.without_bank() for name, adapter in of_kernels.items()})
+    banks = [adapter.bank for adapter in of_kernels.values() if adapter.bank is not None]
+    return {**tree, BANK: banks[0].get_value()} if banks else tree
+
+
+def merge_adapters(model: Any) -> None:
+    """Replaces the kernels of an adapted model by the kernels that it computes with, in place; see `adapters.merge`.
+
+    Args:
+      model: an nnx module.
+
+    Example:
+      >>> from flax import nnx
+      >>> import lowrank_optax as lro
+      >>> model = nnx.Linear(8, 6, rngs=nnx.Rngs(0))
+      >>> lro.nnx.adapt(model, rank=2)
+      >>> lro.nnx.merge_adapters(model)
+      >>> lro.nnx.adapters(model)
+      {}
+    """
+    for name, parameter in parameters(model).items():
+        adapter = _adapter(parameter)
+        if adapter is None:
+            continue
+        base = parameter.variable.get_value()
+        merged = ad.merge({name: base}, {name: adapter.value()})
+        parameter.variable.set_value(merged[name])
+        for layer in parameter.layers:
+            setattr(layer, adapter.name, nnx.static(adapter.replaced))
+
+
+def _chosen(found: dict[str, Parameter], rank: Rank, where: Where | None) -> tuple[dict[str, Axes], dict[str, str]]:
+    """The axes of kernels that get a change, and the reasons of the others."""
+    axes: dict[str, Axes] = {}
+    reasons: dict[str, str] = {}
+    for name, parameter in found.items():
+        given = axes_or_reason(name, parameter, rank, where)
+        if isinstance(given, Axes) and is_lowrank(parameter.variable.get_raw_value()):
+            given = "it is factored"
+        if isinstance(given, Axes) and any(isinstance(declared(layer), str) for layer in parameter.layers):
+            given = "it belongs to a module of your own"
+        if isinstance(given, Axes):
+            axes[name] = given
+        else:
+            reasons[name] = given
+    return axes, reasons
+
+
+def _install(found: dict[str, Parameter], delta: Any) -> None:
+    """Puts changes into the hooks of layers."""
+    bank = AdapterBuffer(delta[BANK]) if BANK in delta else None
+    for name, change in changes({key: x for key, x in delta.items() if key != BANK}).items():
+        parameter = found.get(name)
+        if parameter is None or isinstance(parameter.axes, str):
+            reason = "the model has no such kernel" if parameter is None else parameter.axes
+            raise ValueError(f"no layer can run the change of {name!r}: {reason}")
+        if not as_change(change).fits(parameter.shape):
+            raise ValueError(f"the change of {name!r} is for a kernel of another shape than {parameter.shape}")
+        if bank is not None and as_change(change).batch:
+            raise ValueError(f"the layers of {name!r} are stacked and cannot share the bank of kind 'vera': use linen")
+        hook, ours = hook_of(parameter.layers[0])
+        adapter = Adapter(change, bank, hook, ours, getattr(parameter.layers[0], hook))
+        for layer in parameter.layers:
+            setattr(layer, hook, nnx.data(adapter))
+
+
+def _adapter(parameter: Parameter) -> Adapter | None:
+    """The adapter of the layers whose kernel a parameter is."""
+    layers = [layer for layer in parameter.layers if getattr(layer, "kernel", None) is parameter.variable]
+    values = [value for layer in layers for value in vars(layer).values()]
+    return next((x for x in values if isinstance(x, Adapter)), None)
+
+
+def _with_bank(change: Any, bank: Any) -> Any:
+    is_vera = lambda x: isinstance(x, VeRA)  # noqa: E731
+    return jax.tree.map(lambda x: x.with_bank(bank) if is_vera(x) else x, change, is_leaf=is_vera)

@@ -1,0 +1,185 @@
+"""Folders of PEFT: what is written is read back by rules of PEFT, and what is wrong with a folder is said in a line."""
+
+import json
+import pathlib
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import lowrank_optax as lro
+from tests.adapters.peft_numbers import CASES, Case
+from tests.models.linen_models import close, draw
+
+
+def peft_layer(folder: pathlib.Path, name: str, x: np.ndarray, W0: np.ndarray) -> np.ndarray:
+    """The output of a layer of weight W0 `(out, in)` with the adapter of the folder, by PEFT's formulas in NumPy."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    A, B = (tensors[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
+
+    def find(pattern: dict, default: float) -> float:
+        return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+    r, alpha = find(config["rank_pattern"], config["r"]), find(config["alpha_pattern"], config["lora_alpha"])
+    assert r == A.shape[0] and re.fullmatch(config["target_modules"], name)
+    scale = alpha / np.sqrt(r) if config["use_rslora"] else alpha / r
+    W = W0 + scale * B @ A
+    if config["use_dora"]:
+        length = tensors[f"base_model.model.{name}.lora_magnitude_vector"]
+        W = W * (length / np.linalg.norm(W, axis=1))[:, None]
+    return x @ W.T
+
+
+def moved(delta):
+    def one(label, x):
+        return jax.tree.map(lambda y: y + 0.1 * draw(y.shape, 7), x) if label == "trained" else x
+
+    return jax.tree.map(one, lro.adapters.labels(delta), delta)
+
+
+@pytest.mark.parametrize("kind", ["lowrank", "lora", "core", "dora"])
+def test_a_layer_of_peft_computes_the_same_and_comes_back(kind: str, tmp_path: pathlib.Path) -> None:
+    """Two ranks and two scales; the alphas are no integers."""
+    params = {"a": {"kernel": draw((8, 6))}, "b": {"kernel": draw((6, 5))}}
+    rank = lambda path, shape: 2 if path.startswith("a") else 3  # noqa: E731
+    _, delta = lro.adapters.init(jax.random.key(0), params, rank, kind=kind, alpha=5, scale="alpha/sqrt(r)")
+    delta = moved(delta)
+    lro.adapters.export(tmp_path, delta, base_model="some/model")
+    dense = lro.adapters.merge(params, delta)
+    for name in "ab":
+        W0, x = np.asarray(params[name]["kernel"]).T, np.asarray(draw((3, params[name]["kernel"].shape[0])))
+        np.testing.assert_allclose(peft_layer(tmp_path, name, x, W0), x @ dense[name]["kernel"], rtol=1e-10, atol=1e-10)
+    again = lro.adapters.load(tmp_path, params)
+    close(lro.adapters.merge(params, again), dense, 1e-10)
+    assert isinstance(again["a"]["kernel"], lro.adapters.Magnitude if kind == "dora" else lro.adapters.LoRA)
+
+
+def write(folder: pathlib.Path, tensors: dict, **config: object) -> pathlib.Path:
+    folder.mkdir(exist_ok=True)
+    named = {f"base_model.model.{name}": np.ascontiguousarray(x) for name, x in tensors.items()}
+    safetensors.numpy.save_file(named, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in ("lora", "rslora", "dora")], ids=lambda c: c.name + c.shape
+)
+def test_files_with_the_recorded_arrays_of_peft(case: Case, tmp_path: pathlib.Path) -> None:
+    tensors = {f"x.lora_{letter}.weight": case[f"param.lora_{letter}.default.weight"] for letter in "AB"}
+    if case.name == "dora":
+        tensors["x.lora_magnitude_vector"] = case["param.lora_magnitude_vector.default.weight"]
+    folder = write(tmp_path, tensors, use_rslora=case.name == "rslora", use_dora=case.name == "dora")
+    params = {"x": {"kernel": jnp.asarray(case.base)}}
+    merged = lro.adapters.merge(params, lro.adapters.load(folder, params))
+    np.testing.assert_allclose(merged["x"]["kernel"], case.merged, rtol=1e-12, atol=1e-12)
+
+
+def test_stacks_heads_and_convolutions(tmp_path: pathlib.Path) -> None:
+    """Layers of a stack have names of their own; ranks may differ, and a layer may be missing."""
+    params = {"stack": {"kernel": draw((3, 6, 2, 4))}, "conv": {"kernel": draw((3, 2, 4, 5))}}
+    axes = {"stack/kernel": lro.Axes(1, 1), "conv/kernel": lro.Axes(0, 3)}
+    where = lambda path, shape: axes[path]  # noqa: E731
+    module = lambda path, index: f"layers.{index[0]}.q" if index else "conv"  # noqa: E731
+    _, delta = lro.adapters.init(jax.random.key(0), params, 2, kind="dora", alpha=3, where=where)
+    delta = moved(delta)
+    lro.adapters.export(tmp_path / "all", delta, module=module)
+    close(lro.adapters.load(tmp_path / "all", params, module=module, where=where), delta, 1e-12)
+
+    A, B = np.asarray(draw((1, 6))), np.asarray(draw((8, 1), 2))
+    tensors = {"layers.0.q.lora_A.weight": A, "layers.0.q.lora_B.weight": B}
+    tensors |= {"layers.2.q.lora_A.weight": np.tile(A, (2, 1)), "layers.2.q.lora_B.weight": np.tile(B, (1, 2))}
+    folder = write(tmp_path / "some", tensors, r=2, rank_pattern={"0.q": 1}, alpha_pattern={"0.q": 1}, lora_alpha=4)
+    merged = lro.adapters.merge(params, lro.adapters.load(folder, params, module=module, where=where))
+    change = (merged["stack"]["kernel"] - params["stack"]["kernel"]).reshape(3, 6, 8)
+    close(change, np.stack([(B @ A).T, 0 * (B @ A).T, 4 * (B @ A).T]), 1e-12)
+
+
+def test_a_start_off_zero_is_written_for_the_base_as_it_was(tmp_path: pathlib.Path) -> None:
+    before = {"x": {"kernel": draw((8, 6))}}
+    params, start = lro.adapters.init(jax.random.key(0), before, 2, kind="lora", alpha=3, start="pissa")
+    delta = moved(start)
+    lro.adapters.export(tmp_path, lro.adapters.add(delta, start, weights=(1, -1)))
+    close(lro.adapters.merge(before, lro.adapters.load(tmp_path, before)), lro.adapters.merge(params, delta), 1e-12)
+
+
+def test_other_trained_parameters_go_along(tmp_path: pathlib.Path) -> None:
+    params = {"x": {"kernel": draw((8, 6))}}
+    _, delta = lro.adapters.init(jax.random.key(0), params, 2, kind="lora")
+    lro.adapters.export(tmp_path, delta, save={"head.weight": draw((3, 6)), "head.bias": draw((3,))})
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["head"]
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    np.testing.assert_array_equal(tensors["base_model.model.head.weight"], draw((3, 6)))
+    with pytest.warns(UserWarning, match=r"not loaded, because they are no adapters: head\.bias, head\.weight"):
+        lro.adapters.load(tmp_path, params)
+
+
+def test_bad_folders_are_told_in_one_line(tmp_path: pathlib.Path) -> None:
+    params = {"x": {"kernel": draw((8, 6))}}
+    A, B = np.asarray(draw((4, 8))), np.asarray(draw((6, 4)))
+    good = {"x.lora_A.weight": A, "x.lora_B.weight": B}
+
+    def refused(message: str, folder: pathlib.Path) -> None:
+        with pytest.raises(ValueError, match=message) as caught:
+            lro.adapters.load(folder, params)
+        assert "\n" not in str(caught.value)
+
+    refused("nowhere has no adapter_config.json", tmp_path / "nowhere")
+    folder = write(tmp_path / "a", good)
+    lro.adapters.load(folder, params)
+    whole = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(whole[:-40])
+    refused("adapter_model.safetensors is damaged or no safetensors", folder)
+    (folder / "adapter_model.safetensors").write_bytes(b"\x80\x04" + whole)
+    refused("adapter_model.safetensors is damaged or no safetensors", folder)
+    (folder / "adapter_model.safetensors").unlink()
+    refused("has no adapter_model.safetensors$", folder)
+    (folder / "adapter_model.bin").write_bytes(b"\x80\x04")
+    refused("but a pickle, which may run code when it is read: save it again as safetensors", folder)
+    (folder / "adapter_config.json").write_text("{")
+    refused("adapter_config.json is no JSON", folder)
+    refused("peft_type 'VERA', and only LORA is read", write(tmp_path / "b", good, peft_type="VERA"))
+    refused("lora_A of 'x' has rank 4, and adapter_config.json says 8", write(tmp_path / "c", good, r=8))
+    refused(
+        "no kernels for 1 layers of the file, pass module=... to map the names: y",
+        write(tmp_path / "d", {f"y{key[1:]}": x for key, x in good.items()}),
+    )
+    refused(r"shapes \(4, 7\) and \(6, 4\)", write(tmp_path / "e", {**good, "x.lora_A.weight": A[:, :7]}))
+    refused("not all of, or more than, lora_A, lora_B for 'x'", write(tmp_path / "f", {"x.lora_A.weight": A}))
+    refused("lora_A, lora_B, lora_magnitude_vector for 'x'", write(tmp_path / "g", good, use_dora=True))
+    refused(r"no LoRA of a layer: x\.bias", write(tmp_path / "h", {**good, "x.bias": B[:, 0]}))
+    refused("has lora_bias", write(tmp_path / "i", good, lora_bias=True))
+
+
+def test_exports_that_are_refused(tmp_path: pathlib.Path) -> None:
+    params = {"a": {"kernel": draw((8, 6))}, "b": {"kernel": draw((8, 6))}}
+    make = lambda kind: lro.adapters.init(jax.random.key(0), params, 2, kind=kind)[1]  # noqa: E731
+    with pytest.raises(ValueError, match="the change of 'a/kernel' is a VeRA, which has no LoRA file: merge it"):
+        lro.adapters.export(tmp_path, make("vera"))
+    with pytest.raises(ValueError, match="of all layers at once whether they are of kind 'dora'"):
+        lro.adapters.export(tmp_path, {"a": make("dora")["a"], "b": make("lora")["b"]})
+    with pytest.raises(ValueError, match="a name must be new"):
+        lro.adapters.export(tmp_path, make("lora"), module=lambda path, index: "x")
+    with pytest.raises(ValueError, match="there is no change to export"):
+        lro.adapters.export(tmp_path, {})
+
+
+def test_one_base_with_several_adapters(tmp_path: pathlib.Path) -> None:
+    """Adapters are trees: a program that is compiled once runs them all."""
+    model, x = nn.Dense(6, param_dtype=jnp.float64), draw((3, 8))
+    params = model.init(jax.random.key(0), x)["params"]
+    for name in "ab":
+        _, delta = lro.adapters.init(jax.random.key(ord(name)), params, 2, kind="lora")
+        lro.adapters.export(tmp_path / name, moved(delta), module=lambda path, index: "x")
+    forward = jax.jit(lambda delta: lro.linen.apply(model)({"params": params, "adapters": delta}, x))
+    for name in "ab":
+        delta = lro.adapters.load(tmp_path / name, params, module=lambda path, index: "x")
+        close(forward(delta), model.apply({"params": lro.adapters.merge(params, delta)}, x))
+    assert forward._cache_size() == 1
