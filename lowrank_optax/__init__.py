@@ -5,6 +5,7 @@ from typing import Any
 
 from lowrank_optax import geometry as geometry
 from lowrank_optax import manifold as manifold
+from lowrank_optax import projected as projected
 from lowrank_optax.average import incremental_update
 from lowrank_optax.axes import Axes
 from lowrank_optax.chainable import clip_by_tangent_norm, project_to_tangent, retract, tangent_norm
@@ -26,6 +27,7 @@ from lowrank_optax.optimizers import (
     lowrank_muon,
     scale_by_polar_factor,
 )
+from lowrank_optax.projected import SubspaceState, carry, projectors, refresh, residuals, subspace
 from lowrank_optax.rank import RankPolicy, Spectrum, budget, tolerance
 from lowrank_optax.resize import buckets, resize
 from lowrank_optax.sharding import partition_specs, state_specs
@@ -47,10 +49,12 @@ __all__ = [
     "RankPolicy",
     "SkipNotFiniteState",
     "Spectrum",
+    "SubspaceState",
     "Summary",
     "Tangent",
     "buckets",
     "budget",
+    "carry",
     "checkpoint",
     "clip_by_tangent_norm",
     "densify",
@@ -79,12 +83,17 @@ __all__ = [
     "orthonormalize",
     "partition_specs",
     "project_to_tangent",
+    "projected",
+    "projectors",
     "ranks",
+    "refresh",
+    "residuals",
     "resize",
     "retract",
     "scale_by_polar_factor",
     "skip_not_finite",
     "state_specs",
+    "subspace",
     "summary",
     "tangent_norm",
     "tolerance",
