@@ -22,7 +22,7 @@ class Change(NamedTuple):
     overlap: Callable[[], jax.Array]
     lift: Callable[[jax.Array], jax.Array]
     momentum: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
 
 
 class Carry(NamedTuple):

@@ -99,7 +99,6 @@ class Leaf:
         of_coordinates = (None, None) if self.side == "both" else (None, q)
         return tuple(_short((*batch, *pair)) for pair in ((p, None), of_coordinates, (p, q)))  # type: ignore[return-value]
 
-
     def mirror(self, x: Any) -> Callable[[Any], PartitionSpec]:
         """The spec of an array that belongs to the leaf x, by its shape."""
         of_basis, of_coordinates, of_matrix = self.specs(x)
@@ -111,30 +110,27 @@ class Leaf:
                 return _short(tuple(_spec(x)))
             if shape[:batch] != self.batch:
                 return PartitionSpec()
-            return {
+            known: dict[tuple[int, ...], PartitionSpec] = {
                 (p, q): of_matrix,
                 self.projected_shape: of_coordinates,
                 (p, self.rank): of_basis,
-            }.get(shape[batch:], _short(tuple(of_matrix)[:batch]))
+            }
+            return known.get(shape[batch:], _short(tuple(of_matrix)[:batch]))
 
         return one
 
 
-def chosen_leaves(
-    tree: Any, rank: Rank, side: str, where: Where | None, coordinates: bool, warn: bool = False
-) -> tuple[list[Any], Any, dict[int, Leaf]]:
+def chosen_leaves(tree: Any, method: Any, warn: bool = False) -> tuple[list[Any], Any, dict[int, Leaf]]:
     """The leaves of a tree, its structure, and by position those leaves that are projected.
 
     Args:
       tree: of parameters or of their gradients.
-      rank: see `subspace`.
-      side: see `subspace`.
-      where: see `subspace`.
-      coordinates: whether a basis may have more columns than the matrix has.
+      method: the options of `subspace`, of which `rank`, `side`, `where` and the kind of projector count.
       warn: whether to warn if nothing is projected.
     """
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_lowrank)
     chosen: dict[int, Leaf] = {}
+    options = method.rank, method.side, method.where, method.projector.coordinates
     for i, (path, x) in enumerate(paths):
         name = path_name(path)
         if is_lowrank(x):
@@ -142,7 +138,7 @@ def chosen_leaves(
                 f"{name!r} is a LowRank kernel, and subspace projects gradients of dense ones: leave it to a low-rank "
                 "optimizer with optax.partition, or keep it dense with lowrank_optax.densify(params)"
             )
-        leaf = _chosen(tuple(path), name, tuple(jnp.shape(x)), rank, side, where, coordinates)
+        leaf = _chosen(tuple(path), name, tuple(jnp.shape(x)), *options)
         if leaf is None:
             continue
         if not jnp.issubdtype(jnp.result_type(x), jnp.floating):

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import linalg
-from lowrank_optax.projected.projectors import Projector, Refreshing, leading, toward
+from lowrank_optax.projected.base import Projector, Refreshing
+from lowrank_optax.projected.spans import leading, toward
 
 
 def _tracked(track: Callable[[jax.Array, Refreshing], jax.Array], momentum: bool = False) -> Projector:

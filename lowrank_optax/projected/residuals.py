@@ -17,6 +17,7 @@ class Projection(NamedTuple):
     Attributes:
       gradient: A, `(p, q)`, with the error that was fed back.
       inside: `inside()` returns `up(down(A))`, the part of A in the subspace.
+      outside: `outside()` returns the rest of A.
       projected: R, `(r, q)`, the coordinates of A.
       step: N, `(r, q)`, the direction that the inner transformation made of R.
       dropped: `(p, q)`, the part of the first moment that a change of basis lost, if the residual asks for it.
@@ -24,6 +25,7 @@ class Projection(NamedTuple):
 
     gradient: jax.Array
     inside: Callable[[], jax.Array]
+    outside: Callable[[], jax.Array]
     projected: jax.Array
     step: jax.Array
     dropped: Any
@@ -62,7 +64,7 @@ def sgd(scale: float | jax.Array = 1.0, of: str = "residual") -> Residual:
     _check_of(of)
 
     def apply(state: Any, at: Projection) -> tuple[Any, Any]:
-        return scale * (at.gradient if of == "gradient" else at.gradient - at.inside()), state
+        return scale * (at.gradient if of == "gradient" else at.outside()), state
 
     return Residual(apply)
 
@@ -73,7 +75,7 @@ def sign(scale: float | jax.Array = 1.0) -> Residual:
     References:
       Zmushko et al., FRUGAL, `arXiv:2411.07837 <https://arxiv.org/abs/2411.07837>`_, 2024, algorithm 1.
     """
-    return Residual(lambda state, at: (scale * jnp.sign(at.gradient - at.inside()), state))
+    return Residual(lambda state, at: (scale * jnp.sign(at.outside()), state))
 
 
 def scaled(
@@ -102,10 +104,10 @@ def scaled(
     _check_of(of)
     if per not in ("column", "tensor"):
         raise ValueError(f"one factor for each 'column' or one for the 'tensor', got per={per!r}")
-    norms = linalg.norm if per == "tensor" else linalg.column_norms
+    norms = linalg.norm if per == "tensor" else lambda x: linalg.column_norms(x)[None]
 
     def apply(state: jax.Array, at: Projection) -> tuple[jax.Array, jax.Array]:
-        x = at.gradient if of == "gradient" else at.gradient - (1 - in_span) * at.inside()
+        x = at.gradient if of == "gradient" else _rest(at, in_span)
         x = x * (norms(at.step) / (norms(at.projected) + 1e-8))
         if limit is None:
             return scale * x, state
@@ -139,7 +141,7 @@ def feedback(keep: float | jax.Array = 0.0, leak: float | jax.Array = 0.0, dtype
     drops = not (isinstance(leak, float | int) and leak == 0)
 
     def apply(state: jax.Array, at: Projection) -> tuple[None, jax.Array]:
-        error = at.gradient - (1 - keep) * at.inside()
+        error = _rest(at, keep)
         if drops:
             error = error + leak * at.dropped
         return None, error.astype(state.dtype)
@@ -148,6 +150,13 @@ def feedback(keep: float | jax.Array = 0.0, leak: float | jax.Array = 0.0, dtype
         return jnp.zeros(shape, dtype or working)
 
     return Residual(apply, init, feeds=True, drops=drops)
+
+
+def _rest(at: Projection, share: float | jax.Array) -> jax.Array:
+    """The part outside and a share of the part inside."""
+    if isinstance(share, float | int) and share == 0:
+        return at.outside()
+    return at.outside() + share * at.inside()
 
 
 def _check_of(of: str) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.projected.projectors import Projector, Refreshing
+from lowrank_optax.projected.base import Projector, Refreshing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,8 @@ def unpack(x: Packed, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 def stored_as(projector: Projector, basis_dtype: Any) -> Projector:
     """The projector of stored matrices with another form in the state."""
+    close: Callable[[jax.Array], Any]
+    opened: Callable[..., jax.Array]
     if isinstance(basis_dtype, int4):
         if basis_dtype.group % 2 or basis_dtype.group < 2:
             raise ValueError(f"a group of int4 numbers has an even size, got {basis_dtype.group}")

@@ -1,0 +1,25 @@
+"""Types and ends that the published methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from lowrank_optax.projected import pieces
+
+Number = float | jax.Array
+Schedule = float | jax.Array | Callable[[Any], Any]
+Mask = Any | Callable[[Any], Any] | None
+
+
+def optimizer(learning_rate: Schedule, weight_decay: Number, mask: Mask, *pieces: Any) -> Any:
+    """The pieces with decoupled weight decay and the learning rate."""
+    decay = optax.add_decayed_weights(weight_decay, mask)
+    return optax.chain(*pieces, decay, optax.scale_by_learning_rate(learning_rate))
+
+
+def adam(b1: Number, b2: Number, eps: Number) -> Any:
+    return optax.chain(pieces.scale_by_plain_adam(b1, b2, eps), pieces.correct_bias(b1, b2))
