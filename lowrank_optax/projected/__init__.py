@@ -36,6 +36,7 @@ from lowrank_optax.projected.pieces import normalize_rows as normalize_rows
 from lowrank_optax.projected.pieces import polar as polar
 from lowrank_optax.projected.pieces import scale_by_plain_adam as scale_by_plain_adam
 from lowrank_optax.projected.ranks import energy as energy
+from lowrank_optax.projected.resize import resize as resize
 from lowrank_optax.projected.storage import int4 as int4
 from lowrank_optax.projected.transformation import SubspaceState as SubspaceState
 from lowrank_optax.projected.transformation import subspace as subspace

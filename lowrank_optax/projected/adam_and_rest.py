@@ -10,7 +10,7 @@ from lowrank_optax.axes import Rank
 from lowrank_optax.projected import carry as carries
 from lowrank_optax.projected import pieces, projectors, residuals
 from lowrank_optax.projected import refresh as refreshes
-from lowrank_optax.projected.common import Mask, Number, Schedule, optimizer
+from lowrank_optax.projected.common import Mask, Number, Schedule, optimizer, with_defaults
 from lowrank_optax.projected.transformation import subspace
 
 
@@ -61,7 +61,7 @@ def fira(
       Chen et al., `arXiv:2410.01623 <https://arxiv.org/abs/2410.01623>`_, 2024, equations 8 and 9.
     """
     residual = residuals.scaled(limit, in_span=1 - scale if as_released else 0.0)
-    options = {"projector": projectors.svd(), "residual": residual, **options}
+    options = with_defaults(options, projector=projectors.svd(), residual=residual)
     inner = subspace(pieces.scale_by_plain_adam(b1, b2, eps), rank=rank, refresh=refresh, scale=scale, **options)
     return optimizer(learning_rate, weight_decay, mask, inner, pieces.correct_bias(b1, b2))
 
@@ -109,8 +109,8 @@ def subtrack(
     References:
       Rajabi, Nonta, Rambhatla, `arXiv:2502.01586 <https://arxiv.org/abs/2502.01586>`_, 2025, algorithm 1.
     """
-    options = {"projector": projectors.grassmann(basis_learning_rate), "carry": carries.rotate(b1, b2), **options}
-    options = {"residual": residuals.scaled(limit), **options}
+    options = with_defaults(options, projector=projectors.grassmann(basis_learning_rate), carry=carries.rotate(b1, b2))
+    options = with_defaults(options, residual=residuals.scaled(limit))
     inner = subspace(pieces.scale_by_plain_adam(b1, b2, eps), rank=rank, refresh=refresh, scale=scale, **options)
     return optimizer(learning_rate, weight_decay, mask, inner, pieces.correct_bias(b1, b2))
 
@@ -161,7 +161,7 @@ def apollo(
       Zhu et al., `arXiv:2412.05270 <https://arxiv.org/abs/2412.05270>`_, 2024, algorithm 1.
     """
     residual = residuals.scaled(limit, of="gradient", per=per, scale=scale**0.5)
-    options = {"projector": projectors.gaussian(), "residual": residual, **options}
+    options = with_defaults(options, projector=projectors.gaussian(), residual=residual)
     inner = subspace(pieces.scale_by_plain_adam(b1, b2, eps), rank=rank, refresh=refresh, **options)
     return optimizer(learning_rate, weight_decay, mask, inner, pieces.correct_bias(b1, b2))
 
@@ -187,7 +187,7 @@ def apollo_mini(
     References:
       Zhu et al., `arXiv:2412.05270 <https://arxiv.org/abs/2412.05270>`_, 2024, section 4.3.
     """
-    return apollo(learning_rate, rank, **{"scale": scale, "per": "tensor", **options})
+    return apollo(learning_rate, rank, scale=scale, **with_defaults(options, per="tensor"))
 
 
 def frugal(
@@ -232,8 +232,8 @@ def frugal(
     References:
       Zmushko et al., `arXiv:2411.07837 <https://arxiv.org/abs/2411.07837>`_, 2024, algorithm 1.
     """
-    options = {"projector": projectors.svd(), "carry": carries.reset(count=True), **options}
-    options = {"residual": residuals.sign(residual_scale), **options}
+    options = with_defaults(options, projector=projectors.svd(), carry=carries.reset(count=True))
+    options = with_defaults(options, residual=residuals.sign(residual_scale))
     inner = subspace(optax.scale_by_adam(b1, b2, eps), rank=rank, refresh=refresh, **options)
     return optimizer(learning_rate, weight_decay, mask, inner)
 
@@ -280,8 +280,8 @@ def ldadam(
     References:
       Robert et al., `arXiv:2410.16103 <https://arxiv.org/abs/2410.16103>`_, 2024, algorithm 1.
     """
-    options = {"projector": projectors.power(rho, b1), "refresh": refreshes.always(), **options}
-    options = {"carry": carries.rotate(b1, b2), "residual": residuals.feedback(leak=b1 / (1 - b1)), **options}
+    options = with_defaults(options, projector=projectors.power(rho, b1), refresh=refreshes.always())
+    options = with_defaults(options, carry=carries.rotate(b1, b2), residual=residuals.feedback(leak=b1 / (1 - b1)))
     inner = subspace(optax.scale_by_adam(b1, b2, eps), rank=rank, **options)
     return optimizer(learning_rate, weight_decay, mask, inner)
 
@@ -321,7 +321,7 @@ def dct_adam(
     References:
       Modoranu et al., `arXiv:2505.17967 <https://arxiv.org/abs/2505.17967>`_, 2025, algorithm 1.
     """
-    options = {"projector": projectors.dct(), "carry": carries.rotate(b1, b2), **options}
-    options = {"residual": residuals.feedback(), **options}
+    options = with_defaults(options, projector=projectors.dct(), carry=carries.rotate(b1, b2))
+    options = with_defaults(options, residual=residuals.feedback())
     inner = subspace(optax.scale_by_adam(b1, b2, eps), rank=rank, refresh=refresh, **options)
     return optimizer(learning_rate, weight_decay, mask, inner)

@@ -11,7 +11,7 @@ from lowrank_optax.axes import Rank
 from lowrank_optax.projected import carry as carries
 from lowrank_optax.projected import projectors
 from lowrank_optax.projected import refresh as refreshes
-from lowrank_optax.projected.common import Mask, Number, Schedule, adam, optimizer
+from lowrank_optax.projected.common import Mask, Number, Schedule, adam, optimizer, with_defaults
 from lowrank_optax.projected.ranks import energy
 from lowrank_optax.projected.storage import int4
 from lowrank_optax.projected.transformation import subspace
@@ -59,7 +59,7 @@ def galore(
     References:
       Zhao et al., `arXiv:2403.03507 <https://arxiv.org/abs/2403.03507>`_, 2024, algorithm 2.
     """
-    options = {"projector": projectors.svd(), **options}
+    options = with_defaults(options, projector=projectors.svd())
     inner = subspace(adam(b1, b2, eps), rank=rank, refresh=refresh, scale=scale, **options)
     return optimizer(learning_rate, weight_decay, mask, inner)
 
@@ -104,7 +104,7 @@ def q_galore(
     References:
       Zhang et al., `arXiv:2407.08296 <https://arxiv.org/abs/2407.08296>`_, 2024, sections 3.2 and 3.3.
     """
-    options = {"projector": projectors.svd(), "basis_dtype": int4(), **options}
+    options = with_defaults(options, projector=projectors.svd(), basis_dtype=int4())
     refresh = refreshes.doubling() if refresh is None else refresh
     inner = subspace(optax.scale_by_adam(b1, b2, eps), rank=rank, refresh=refresh, scale=scale, **options)
     return optimizer(learning_rate, weight_decay, mask, inner)
@@ -150,7 +150,7 @@ def golore(
       He et al., `arXiv:2410.11289 <https://arxiv.org/abs/2410.11289>`_, 2024.
     """
     projector = projectors.switch(projectors.svd(), projectors.orthogonal(), random_from)
-    options = {"projector": projector, "carry": carries.rotate(b1, b2), **options}
+    options = with_defaults(options, projector=projector, carry=carries.rotate(b1, b2))
     inner = subspace(optax.scale_by_adam(b1, b2, eps), rank=rank, refresh=refresh, scale=scale, **options)
     return optimizer(learning_rate, weight_decay, mask, inner)
 
@@ -201,8 +201,10 @@ def adarankgrad(
       Refael, Svirsky, Shustin, Huleihel, Lindenbaum, `arXiv:2410.17881 <https://arxiv.org/abs/2410.17881>`_, 2024,
       algorithm 1.
     """
-    options = {"projector": projectors.randomized(), "carry": carries.rotate(b1, b2), **options}
-    options = {"refresh": refreshes.converged() if refresh is None else refresh, "adapt_rank": energy(lost), **options}
+    options = with_defaults(options, projector=projectors.randomized(), carry=carries.rotate(b1, b2))
+    options = with_defaults(
+        options, refresh=refreshes.converged() if refresh is None else refresh, adapt_rank=energy(lost)
+    )
     inner = subspace(optax.scale_by_adam(b1, b2, eps), rank=rank, scale=scale, **options)
     return optimizer(learning_rate, weight_decay, mask, inner)
 
@@ -248,7 +250,7 @@ def online_subspace(
       Liang et al., `arXiv:2408.12857 <https://arxiv.org/abs/2408.12857>`_, 2024, algorithm 1.
     """
     projector = projectors.oja(optax.adam(1 / 200) if basis_optimizer is None else basis_optimizer)
-    options = {"projector": projector, "refresh": refreshes.once(), **options}
+    options = with_defaults(options, projector=projector, refresh=refreshes.once())
     inner = subspace(adam(b1, b2, eps), rank=rank, scale=scale, **options)
     return optimizer(learning_rate, weight_decay, mask, inner)
 
@@ -294,6 +296,6 @@ def coap(
     References:
       Xiao et al., `arXiv:2412.00071 <https://arxiv.org/abs/2412.00071>`_, 2024, algorithm 1.
     """
-    options = {"projector": projectors.coap(refresh, recalibrate, basis_learning_rate), **options}
+    options = with_defaults(options, projector=projectors.coap(refresh, recalibrate, basis_learning_rate))
     inner = subspace(adam(b1, b2, eps), rank=rank, refresh=refresh, scale=scale, **options)
     return optimizer(learning_rate, weight_decay, mask, inner)

@@ -90,7 +90,10 @@ def rotate(b1: float | jax.Array | None = None, b2: float | jax.Array | None = N
 
 
 def lift() -> Carry:
-    """First moments go up by the old basis and down by the new one; second moments likewise, by their roots."""
+    """First moments go up by the old basis and down by the new one; second moments likewise, by their roots.
+
+    Roots have no sign, so that second moments depend on the signs of the vectors of a basis; with `rotate` they do not.
+    """
 
     def moment(change: Change, x: jax.Array, degree: int) -> jax.Array:
         return change.lift(x) if degree == 1 else jnp.square(change.lift(jnp.sqrt(x)))

@@ -21,5 +21,16 @@ def optimizer(learning_rate: Schedule, weight_decay: Number, mask: Mask, *pieces
     return optax.chain(*pieces, decay, optax.scale_by_learning_rate(learning_rate))
 
 
+def with_defaults(options: dict[str, Any], **defaults: Any) -> dict[str, Any]:
+    """Options of `subspace` that a user gives, over the defaults of a method.
+
+    `optax.inject_hyperparams` hands them on as one argument, whose name is that of the dictionary.
+    """
+    given = dict(options)
+    injected = given.pop("options", {})
+    return {**defaults, **given, **injected}
+
+
 def adam(b1: Number, b2: Number, eps: Number) -> Any:
+    """Adam with epsilon beside the root that is not corrected."""
     return optax.chain(pieces.scale_by_plain_adam(b1, b2, eps), pieces.correct_bias(b1, b2))

@@ -146,7 +146,7 @@ def chosen_leaves(tree: Any, method: Any, warn: bool = False) -> tuple[list[Any]
         chosen[i] = leaf
     leaves = [x for _, x in paths]
     if warn and not chosen:
-        _warn_of_nothing(tree, leaves)
+        _warn_of_nothing(tree, leaves, method.rank)
     return leaves, treedef, chosen
 
 
@@ -174,14 +174,15 @@ def _chosen(
     return Leaf(path, shape, axes, side, r)
 
 
-def _warn_of_nothing(tree: Any, leaves: list[Any]) -> None:
-    """Warns if no matrix is projected, unless a mask has hidden some leaves."""
+def _warn_of_nothing(tree: Any, leaves: list[Any], rank: Rank) -> None:
+    """Warns if no matrix is projected, unless a mask has hidden some leaves or all are too small."""
     is_hidden = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
-    matrices = sum(jnp.ndim(x) >= 2 for x in leaves)
+    least = rank if isinstance(rank, int) else 1
+    matrices = sum(jnp.ndim(x) >= 2 and min(jnp.shape(x)[-2:]) >= least for x in leaves)
     if matrices and not any(map(is_hidden, jax.tree.leaves(tree, is_leaf=is_hidden))):
         warnings.warn(
-            f"subspace projects none of the {matrices} leaves with two axes or more: by default it takes those named "
-            "'kernel' that the rank fits; choose others with where=lambda path, shape: ...",
+            f"subspace projects none of the {matrices} matrices that the rank fits: by default it takes those named "
+            "'kernel'; choose others with where=lambda path, shape: ...",
             stacklevel=4,
         )
 

@@ -10,7 +10,7 @@ import optax
 from lowrank_optax.axes import Rank
 from lowrank_optax.projected import pieces, projectors, residuals
 from lowrank_optax.projected import refresh as refreshes
-from lowrank_optax.projected.common import Mask, Number, Schedule, optimizer
+from lowrank_optax.projected.common import Mask, Number, Schedule, optimizer, with_defaults
 from lowrank_optax.projected.transformation import subspace
 
 
@@ -55,8 +55,10 @@ def flora(
     References:
       Hao, Cao, Mou, `arXiv:2402.03293 <https://arxiv.org/abs/2402.03293>`_, 2024, algorithm 2.
     """
-    options = {"projector": projectors.gaussian(), "carry": "lift", "scale": b1, **options}
-    options = {"residual": residuals.sgd(1 - b1, of="gradient"), "ordinary": optax.ema(b1, debias=False), **options}
+    options = with_defaults(options, projector=projectors.gaussian(), carry="lift", scale=b1)
+    options = with_defaults(
+        options, residual=residuals.sgd(1 - b1, of="gradient"), ordinary=optax.ema(b1, debias=False)
+    )
     momentum = subspace(pieces.delayed_ema(b1), rank=rank, refresh=refresh, **options)
     rms, limit = optax.scale_by_factored_rms(decay_rate=decay_rate), optax.clip_by_block_rms(clip)
     return optimizer(learning_rate, weight_decay, mask, rms, momentum, limit, optax.scale_by_param_block_rms())
@@ -98,8 +100,8 @@ def sumo(
       Refael et al., SUMO, `arXiv:2505.24749 <https://arxiv.org/abs/2505.24749>`_, 2025, algorithm 1. Their limit on the
       growth of the norm never acts on an exact polar factor and is left out.
     """
-    options = {"projector": projectors.randomized(), "carry": "rotate", "ordinary": optax.scale_by_adam(), **options}
-    options = {"scale": lambda m, n: 0.2 * math.sqrt(max(m, n)), **options}
+    options = with_defaults(options, projector=projectors.randomized(), carry="rotate", ordinary=optax.scale_by_adam())
+    options = with_defaults(options, scale=lambda m, n: 0.2 * math.sqrt(max(m, n)))
     inner = optax.chain(optax.ema(b1, debias=False), pieces.polar())
     return optimizer(learning_rate, weight_decay, mask, subspace(inner, rank=rank, refresh=refresh, **options))
 
@@ -141,9 +143,9 @@ def dion(
     References:
       Ahn et al., `arXiv:2504.05295 <https://arxiv.org/abs/2504.05295>`_, 2025, algorithm 1.
     """
-    options = {"projector": projectors.dion(), "refresh": refreshes.once(), "side": "long", **options}
-    options = {"residual": residuals.feedback(momentum), "ordinary": optax.scale_by_adam(0.9, 0.95), **options}
-    options = {"scale": lambda m, n: math.sqrt(n / m), **options}
+    options = with_defaults(options, projector=projectors.dion(), refresh=refreshes.once(), side="long")
+    options = with_defaults(options, residual=residuals.feedback(momentum), ordinary=optax.scale_by_adam(0.9, 0.95))
+    options = with_defaults(options, scale=lambda m, n: math.sqrt(n / m))
     return optimizer(learning_rate, weight_decay, mask, subspace(pieces.normalize_rows(), rank=rank, **options))
 
 
@@ -184,8 +186,8 @@ def trion(
     References:
       Modoranu et al., `arXiv:2505.17967 <https://arxiv.org/abs/2505.17967>`_, 2025, algorithm 2.
     """
-    options = {"projector": projectors.dct(), "refresh": refreshes.always(), **options}
-    options = {"residual": residuals.feedback(momentum), "ordinary": optax.scale_by_adam(), **options}
-    options = {"scale": lambda m, n: math.sqrt(max(1, n / m)), **options}
+    options = with_defaults(options, projector=projectors.dct(), refresh=refreshes.always())
+    options = with_defaults(options, residual=residuals.feedback(momentum), ordinary=optax.scale_by_adam())
+    options = with_defaults(options, scale=lambda m, n: math.sqrt(max(1, n / m)))
     inner = subspace(pieces.newton_schulz(ns_steps), rank=rank, **options)
     return optimizer(learning_rate, weight_decay, mask, inner)

@@ -43,6 +43,7 @@ class SubspaceState(NamedTuple):
       residual: state of the residual: an error, a norm, or nothing.
       rank: number of columns in use, int32; 0 before the first gradient that is not zero.
       clock: of the refresh schedule.
+      ordinary: state of the transformation of other leaves, if they have one of their own.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -52,6 +53,7 @@ class SubspaceState(NamedTuple):
     residual: Any
     rank: Any
     clock: Any
+    ordinary: optax.OptState
 
 
 def subspace(
@@ -166,6 +168,8 @@ class _Loop:
 
     def __init__(self, inner: optax.GradientTransformationExtraArgs, method: Method):
         self._inner, self._method, self._halves = inner, method, Halves(method)
+        self._ordinary = inner if method.ordinary is None else optax.with_extra_args_support(method.ordinary)
+        self._moments = Moments(inner, method.first_moments, method.second_moments)
 
     def init(self, params: Any) -> Any:
         """The state before the first step."""
@@ -174,13 +178,17 @@ class _Loop:
         leaves, treedef, chosen = chosen_leaves(params, method, warn=True)
         key = jax.random.key(method.seed, impl="threefry2x32")
         kernels = {i: self._start(leaf, leaves[i], jax.random.fold_in(key, i)) for i, leaf in chosen.items()}
-        inner, state = self._of_trees(treedef, chosen), self._coordinates(treedef, leaves, chosen)
-        state = inner.init(state)
+        inner, others = self._split(treedef, chosen, self._coordinates(leaves, chosen))
+        inner_state = self._inner.init(inner)
+        ordinary: Any = ()
+        if others is not None:
+            # `optax.tree.map_params` makes a state of no leaves, which cannot know whether there are other leaves.
+            ordinary = self._ordinary.init(others) if leaves else jnp.zeros((), jnp.int32)
         if method.carry.moment is not None:
-            _check_moments(self._moments(inner).open(state)[0], chosen)
+            _check_moments(self._moments.open(inner_state)[0], chosen)
         count = jnp.zeros((), jnp.int32)
         trees = _of_kernels(treedef, kernels)
-        state = SubspaceState(count, jax.random.key_data(key), trees[0], state, *trees[1:])
+        state = SubspaceState(count, jax.random.key_data(key), inner=inner_state, ordinary=ordinary, **trees)
         return boxed_state(state, boxed)
 
     def _start(self, leaf: Leaf, x: Any, key: jax.Array) -> _Kernel:
@@ -199,25 +207,25 @@ class _Loop:
         )
         return _Kernel(stored, residual, jnp.zeros(leaf.batch, jnp.int32), method.refresh.init())
 
-    def _coordinates(self, treedef: Any, leaves: list[Any], chosen: dict[int, Leaf]) -> Any:
-        """The tree that the inner transformation sees, with zeros in the place of kernels."""
+    def _coordinates(self, leaves: list[Any], chosen: dict[int, Leaf]) -> list[Any]:
+        """The leaves that the inner transformation sees, with zeros in the place of kernels."""
         projected = list(leaves)
         for i, leaf in chosen.items():
             shape, x = (*leaf.batch, *leaf.projected_shape), leaves[i]
             projected[i] = zeros(shape, linalg.working_dtype(x), x, leaf.specs(x)[1])
-        return treedef.unflatten(projected)
+        return projected
 
-    def _of_trees(self, treedef: Any, chosen: dict[int, Leaf]) -> optax.GradientTransformationExtraArgs:
-        """The inner transformation of trees. Kernels have a state of their own if other leaves move otherwise."""
+    def _split(self, treedef: Any, chosen: dict[int, Leaf], leaves: list[Any]) -> tuple[Any, Any]:
+        """The tree of the inner transformation, and the one of other leaves if these have a state of their own."""
         alike = self._method.ordinary is None and not self._method.carry.restarts
-        if alike or len(chosen) == treedef.num_leaves:
-            return self._inner
-        labels = treedef.unflatten(["kernel" if i in chosen else "ordinary" for i in range(treedef.num_leaves)])
-        parts = {"kernel": self._inner, "ordinary": self._method.ordinary or self._inner}
-        return optax.with_extra_args_support(optax.partition(parts, labels))
+        if alike or (leaves and len(chosen) == len(leaves)):
+            return treedef.unflatten(leaves), None
 
-    def _moments(self, inner: Any) -> Moments:
-        return Moments(inner, self._method.first_moments, self._method.second_moments)
+        def only(kernels: bool) -> Any:
+            shown = [x if (i in chosen) == kernels else optax.MaskedNode() for i, x in enumerate(leaves)]
+            return treedef.unflatten(shown)
+
+        return only(True), only(False)
 
     def update(self, grads: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         """One step. Parameters are needed only by an inner transformation that looks at them."""
@@ -226,9 +234,9 @@ class _Loop:
         leaves, treedef, chosen = chosen_leaves(grads, method)
         weights = None if params is None else treedef.flatten_up_to(params)
         kernels = _kernels(treedef, chosen, state)
-        mesh, inner = Mesh(grads), self._of_trees(treedef, chosen)
+        mesh = Mesh(grads)
 
-        copies, close = self._moments(inner).open(state.inner) if method.moves_moments else ([], lambda trees: None)
+        copies, close = self._moments.open(state.inner) if method.moves_moments else ([], lambda trees: None)
         moments = [(copy.degree, _arrays(copy.tree, chosen)) for copy in copies]
         prepared: dict[int, Prepared] = {}
         for number, (i, leaf) in enumerate(chosen.items()):
@@ -252,10 +260,7 @@ class _Loop:
             if points:
                 run = functools.partial(self._halves.project_compiled, leaf.nameless())
                 points[i] = mesh.auto(run, prepared[i].basis, points[i], specs=leaf.mirror(leaves[i]))
-        point = None if points is None else treedef.unflatten(points)
-        steps, inner_state = inner.update(treedef.unflatten(projected), inner_state, point, **extra_args)
-
-        updates = treedef.flatten_up_to(steps)
+        updates, *states = self._steps(treedef, chosen, projected, points, inner_state, state.ordinary, extra_args)
         for i, leaf in chosen.items():
             dtype = jnp.result_type(leaves[i] if weights is None else weights[i])
             run = functools.partial(self._halves.finish_compiled, leaf.nameless(), dtype)
@@ -266,16 +271,38 @@ class _Loop:
             kernels[i] = _Kernel(ends[1], ends[2], prepared[i].rank, prepared[i].clock)
         trees = _of_kernels(treedef, kernels)
         count = optax.safe_increment(state.count)
-        state = SubspaceState(count, state.key, trees[0], inner_state, *trees[1:])
+        state = SubspaceState(count, state.key, inner=states[0], ordinary=states[1], **trees)
         return rebox(treedef.unflatten(updates)), rebox_state(state)
 
+    def _steps(
+        self,
+        treedef: Any,
+        chosen: dict[int, Leaf],
+        leaves: list[Any],
+        points: list[Any] | None,
+        inner_state: Any,
+        ordinary: Any,
+        extra_args: dict[str, Any],
+    ) -> tuple[list[Any], Any, Any]:
+        """The steps of all leaves, of kernels in coordinates, and the new states."""
+        inner, others = self._split(treedef, chosen, leaves)
+        at_inner, at_others = (None, None) if points is None else self._split(treedef, chosen, points)
+        steps, inner_state = self._inner.update(inner, inner_state, at_inner, **extra_args)
+        updates = list(treedef.flatten_up_to(steps))
+        if others is not None:
+            steps, ordinary = self._ordinary.update(others, ordinary, at_others, **extra_args)
+            pairs = zip(updates, treedef.flatten_up_to(steps), strict=True)
+            updates = [x if i in chosen else y for i, (x, y) in enumerate(pairs)]
+        return updates, inner_state, ordinary
 
-def _of_kernels(treedef: Any, kernels: dict[int, _Kernel]) -> tuple[Any, ...]:
+
+def _of_kernels(treedef: Any, kernels: dict[int, _Kernel]) -> dict[str, Any]:
     """Trees with one value for every kernel; a number if there is none, see `layout.Layout.scatter_kernels`."""
     if not kernels:
-        return tuple(jnp.zeros((), jnp.int32) for _ in _Kernel._fields)
+        return {field: jnp.zeros((), jnp.int32) for field in _Kernel._fields}
     rows = [kernels.get(i, _Kernel((), (), (), ())) for i in range(treedef.num_leaves)]
-    return tuple(treedef.unflatten(column) for column in zip(*rows, strict=True))
+    columns = zip(*rows, strict=True)
+    return {field: treedef.unflatten(column) for field, column in zip(_Kernel._fields, columns, strict=True)}
 
 
 def _kernels(treedef: Any, chosen: dict[int, Leaf], state: SubspaceState) -> dict[int, _Kernel]:
@@ -316,16 +343,13 @@ def _with_moments(copies: list[Copy], chosen: dict[int, Leaf], prepared: dict[in
 
 
 def _restarted(state: Any, due: Any) -> Any:
-    """The state of the inner transformation with the counts of kernels at zero if a refresh is due."""
+    """The state of the inner transformation with its counts at zero if a refresh is due."""
 
     def one(path: Any, x: Any) -> Any:
         is_count = path and getattr(path[-1], "name", None) == "count"
         return jnp.where(due, jnp.zeros_like(x), x) if is_count else x
 
-    if not isinstance(state, optax.PartitionState):
-        return jax.tree_util.tree_map_with_path(one, state)
-    kernel = jax.tree_util.tree_map_with_path(one, state.inner_states["kernel"])
-    return state._replace(inner_states={**state.inner_states, "kernel": kernel})
+    return jax.tree_util.tree_map_with_path(one, state)
 
 
 def _check_moments(copies: list[Copy], chosen: dict[int, Leaf]) -> None:
