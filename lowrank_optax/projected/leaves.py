@@ -18,6 +18,7 @@ from lowrank_optax.layout.mesh import spec
 from lowrank_optax.linalg import working_dtype
 from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.paths import path_name
+from lowrank_optax.sharding import joined
 
 SIDES = ("short", "long", "left", "right", "both", "entries")
 
@@ -92,8 +93,8 @@ class Leaf:
         entries = (*_spec(x), *(None,) * len(self.shape))
         batch, ins, outs = (
             entries[: self.axes.batch],
-            _joined(entries[self.axes.batch : self.axes.batch + self.axes.inputs]),
-            _joined(entries[self.axes.batch + self.axes.inputs : len(self.shape)]),
+            joined(entries[self.axes.batch : self.axes.batch + self.axes.inputs]),
+            joined(entries[self.axes.batch + self.axes.inputs : len(self.shape)]),
         )
         p, q = {"right": (outs, ins), "entries": (None, None)}.get(self.side, (ins, outs))
         of_coordinates = (None, None) if self.side == "both" else (None, q)
@@ -200,32 +201,21 @@ def placed(x: jax.Array, like: Any, where: PartitionSpec) -> jax.Array:
     sharding = _sharding(like)
     if sharding is None:
         return x
-    target = NamedSharding(sharding.mesh, where)
-    return jax.sharding.reshard(x, target) if isinstance(x, jax.core.Tracer) else jax.device_put(x, target)
+    return jax.device_put(x, NamedSharding(sharding.mesh, where))
 
 
 def _sharding(x: Any) -> Any:
     """The sharding over several devices that is known of an array, None if there is none."""
     if not isinstance(x, jax.Array):
         return None
-    traced = isinstance(x, jax.core.Tracer)
-    sharding = jax.typeof(x).sharding if traced else x.sharding
-    if not isinstance(sharding, NamedSharding) or (traced and not sharding.mesh.explicit_axes):
+    if isinstance(x, jax.core.Tracer) or not isinstance(x.sharding, NamedSharding):
         return None
-    return sharding if np.prod(list(sharding.mesh.shape.values())) > 1 else None
+    return x.sharding if np.prod(list(x.sharding.mesh.shape.values())) > 1 else None
 
 
 def _spec(x: Any) -> Any:
     sharding = _sharding(x)
     return spec(x) if sharding is None else sharding.spec
-
-
-def _joined(entries: tuple[Any, ...]) -> Any:
-    """One entry for the product of several axes, as far as their order allows it."""
-    # Only the first axis stays in one piece for each device when axes are joined.
-    if any(entry is not None for entry in entries[1:]):
-        return None
-    return entries[0] if entries else None
 
 
 def _short(entries: tuple[Any, ...]) -> PartitionSpec:

@@ -172,12 +172,20 @@ class _Loop:
         self._moments = Moments(inner, method.first_moments, method.second_moments)
 
     def init(self, params: Any) -> Any:
-        """The state before the first step."""
+        """The state before the first step. Its arrays lie and have boxes like the parameters that they mirror."""
         boxed, params = params, arrays_of(unwrapped(params)[0])
+        mesh, start = Mesh(params), self._start
+        if (
+            mesh
+        ):  # Compiled, because eager operations in explicit mode need `jax.set_mesh`. The parameters tell the devices.
+            start = jax.jit(functools.partial(mesh.auto, start), keep_unused=True)
+        return boxed_state(start(params), boxed)
+
+    def _start(self, params: Any) -> SubspaceState:
         method = self._method
         leaves, treedef, chosen = chosen_leaves(params, method, warn=True)
         key = jax.random.key(method.seed, impl="threefry2x32")
-        kernels = {i: self._start(leaf, leaves[i], jax.random.fold_in(key, i)) for i, leaf in chosen.items()}
+        kernels = {i: self._kernel(leaf, leaves[i], jax.random.fold_in(key, i)) for i, leaf in chosen.items()}
         inner, others = self._split(treedef, chosen, self._coordinates(leaves, chosen))
         inner_state = self._inner.init(inner)
         ordinary: Any = ()
@@ -188,10 +196,9 @@ class _Loop:
             _check_moments(self._moments.open(inner_state)[0], chosen)
         count = jnp.zeros((), jnp.int32)
         trees = _of_kernels(treedef, kernels)
-        state = SubspaceState(count, jax.random.key_data(key), inner=inner_state, ordinary=ordinary, **trees)
-        return boxed_state(state, boxed)
+        return SubspaceState(count, jax.random.key_data(key), inner=inner_state, ordinary=ordinary, **trees)
 
-    def _start(self, leaf: Leaf, x: Any, key: jax.Array) -> _Kernel:
+    def _kernel(self, leaf: Leaf, x: Any, key: jax.Array) -> _Kernel:
         method, dtype = self._method, linalg.working_dtype(x)
         of_basis, _, of_matrix = leaf.specs(x)
         start = functools.partial(method.projector.init, shape=leaf.matrix_shape, rank=leaf.rank, dtype=dtype)
