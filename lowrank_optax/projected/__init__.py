@@ -29,6 +29,8 @@ from lowrank_optax.projected.aliases import q_galore as q_galore
 from lowrank_optax.projected.aliases import subtrack as subtrack
 from lowrank_optax.projected.aliases import sumo as sumo
 from lowrank_optax.projected.aliases import trion as trion
+from lowrank_optax.projected.mofasgd import mofasgd as mofasgd
+from lowrank_optax.projected.mofasgd import scale_by_factored_momentum as scale_by_factored_momentum
 from lowrank_optax.projected.pieces import correct_bias as correct_bias
 from lowrank_optax.projected.pieces import delayed_ema as delayed_ema
 from lowrank_optax.projected.pieces import newton_schulz as newton_schulz
@@ -37,6 +39,8 @@ from lowrank_optax.projected.pieces import polar as polar
 from lowrank_optax.projected.pieces import scale_by_plain_adam as scale_by_plain_adam
 from lowrank_optax.projected.ranks import energy as energy
 from lowrank_optax.projected.resize import resize as resize
+from lowrank_optax.projected.snsm import scale_by_subset_norm as scale_by_subset_norm
+from lowrank_optax.projected.snsm import snsm as snsm
 from lowrank_optax.projected.storage import int4 as int4
 from lowrank_optax.projected.transformation import SubspaceState as SubspaceState
 from lowrank_optax.projected.transformation import subspace as subspace

@@ -17,7 +17,8 @@ Mask = Any | Callable[[Any], Any] | None
 
 def optimizer(learning_rate: Schedule, weight_decay: Number, mask: Mask, *pieces: Any) -> Any:
     """The pieces with decoupled weight decay and the learning rate."""
-    decay = optax.add_decayed_weights(weight_decay, mask)
+    none = isinstance(weight_decay, float | int) and weight_decay == 0  # without reading the weights
+    decay = optax.identity() if none else optax.add_decayed_weights(weight_decay, mask)
     return optax.chain(*pieces, decay, optax.scale_by_learning_rate(learning_rate))
 
 

@@ -78,13 +78,18 @@ class Halves:
         a = leaf.matrices(grad)
         if self.method.residual.feeds:
             a = a + error.astype(a.dtype)
-        # A sum or a factor in the code of the gradient, fused into A - P R, would leave rounding where that is 0.
-        a = fusion_barrier(a)
+        if self.method.residual.looks:
+            # A factor in the code of the gradient, fused into A - P R, would leave rounding where that is zero.
+            a = fusion_barrier(a)
         leaf = leaf.of_width(stored)
         key = jax.random.fold_in(jax.random.fold_in(key_of(key), places[0]), count)
         keys = keys_of(jax.random.key_data(key), leaf)
-        nonzero = over(leaf, lambda x: jnp.any(x != 0))(a)
-        first = jnp.any((rank == 0) & nonzero)
+
+        def missing() -> jax.Array:
+            return jnp.any((rank == 0) & over(leaf, lambda x: jnp.any(x != 0))(a))
+
+        # In a branch, because it reads the whole gradient, and bases are missing in the first step only.
+        first = jax.lax.cond(jnp.any(rank == 0), missing, lambda: jnp.zeros((), bool))
 
         def coordinates(stored: Any) -> tuple[Any, jax.Array]:
             def one(stored: Any, a: jax.Array) -> tuple[Any, jax.Array]:
@@ -101,11 +106,11 @@ class Halves:
         def refreshed(x: Any) -> Any:
             stored, rank, _, overlap, dropped = x
             one = functools.partial(self._refresh, leaf, degrees, due, first, count)
-            return over(leaf, one)(a, keys, nonzero, stored, rank, moments, overlap, dropped)
+            return over(leaf, one)(a, keys, stored, rank, moments, overlap, dropped)
 
         overlap = jnp.ones(leaf.batch, a.dtype)
         x = stored, rank, movable, overlap, dropped
-        x = refreshed(x) if due is True else linalg.cond_without_copy(due | first, refreshed, x)
+        x = refreshed(x) if due is True else jax.lax.cond(due | first, refreshed, lambda x: x, x)
         stored, rank, movable, overlap, dropped = x
         basis, projected = coordinates(stored)
         clock = self.method.refresh.after(clock, due | first, count, jnp.mean(overlap), _norm(projected))
@@ -120,7 +125,6 @@ class Halves:
         count: jax.Array,
         a: jax.Array,
         key: jax.Array,
-        nonzero: jax.Array,
         stored: Any,
         rank: jax.Array,
         moments: tuple[jax.Array, ...],
@@ -140,7 +144,7 @@ class Halves:
             active = self.method.adapt_rank(projector.down(basis, a), a).astype(jnp.int32)
             new = linalg.first_columns(new, active)
             basis = projector.basis(new, a, r)
-        take = nonzero & (due | (rank == 0))
+        take = jnp.any(a != 0) & (due | (rank == 0))
 
         def lift(x: jax.Array) -> jax.Array:
             return projector.down(basis, projector.up(old_basis, x, a.shape[0]))

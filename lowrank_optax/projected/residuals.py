@@ -39,6 +39,7 @@ class Residual(NamedTuple):
       init: `init((p, q), dtype)` returns the state before the first step.
       replaces: whether the direction stands in the place of the lifted step, and is not added to it.
       feeds: whether the state is an error `(p, q)` that is added to the next gradient.
+      looks: whether `apply` looks at the gradient.
       drops: whether `apply` looks at `dropped`.
     """
 
@@ -46,12 +47,13 @@ class Residual(NamedTuple):
     init: Callable[..., Any] = lambda shape, dtype: ()
     replaces: bool = False
     feeds: bool = False
+    looks: bool = True
     drops: bool = False
 
 
 def drop() -> Residual:
     """The residual is left out: the weight moves in the subspace only."""
-    return Residual(lambda state, at: (None, state))
+    return Residual(lambda state, at: (None, state), looks=False)
 
 
 def sgd(scale: float | jax.Array = 1.0, of: str = "residual") -> Residual:

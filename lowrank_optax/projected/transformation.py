@@ -14,7 +14,7 @@ from lowrank_optax import linalg
 from lowrank_optax.axes import Rank, Where
 from lowrank_optax.boxes import unboxed, unwrapped
 from lowrank_optax.checks import arrays_of
-from lowrank_optax.guard import MOST_SKIPS, skip_not_finite
+from lowrank_optax.guard import MOST_SKIPS, check_guarded, is_finite, let_through, unskipped
 from lowrank_optax.layout.mesh import Mesh
 from lowrank_optax.moments import Copy, Moments
 from lowrank_optax.projected.base import Projector
@@ -150,8 +150,8 @@ def subspace(
         first_moments,
         second_moments,
     ).ready()
-    loop = _Loop(optax.with_extra_args_support(inner), method)
-    return skip_not_finite(optax.GradientTransformationExtraArgs(loop.init, loop.update), max_consecutive_skips)
+    loop = _Loop(optax.with_extra_args_support(inner), method, max_consecutive_skips)
+    return optax.GradientTransformationExtraArgs(loop.init, loop.update)
 
 
 class _Kernel(NamedTuple):
@@ -166,8 +166,9 @@ class _Kernel(NamedTuple):
 class _Loop:
     """The loop of a method around an inner transformation: trees outside, kernels inside."""
 
-    def __init__(self, inner: optax.GradientTransformationExtraArgs, method: Method):
+    def __init__(self, inner: optax.GradientTransformationExtraArgs, method: Method, max_consecutive_skips: Any):
         self._inner, self._method, self._halves = inner, method, Halves(method)
+        self._most_skips = max_consecutive_skips
         self._ordinary = inner if method.ordinary is None else optax.with_extra_args_support(method.ordinary)
         self._moments = Moments(inner, method.first_moments, method.second_moments)
 
@@ -179,7 +180,7 @@ class _Loop:
             mesh
         ):  # Compiled, because eager operations in explicit mode need `jax.set_mesh`. The parameters tell the devices.
             start = jax.jit(functools.partial(mesh.auto, start), keep_unused=True)
-        return boxed_state(start(params), boxed)
+        return boxed_state(unskipped(start(params)), boxed)
 
     def _start(self, params: Any) -> SubspaceState:
         method = self._method
@@ -236,8 +237,9 @@ class _Loop:
 
     def update(self, grads: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         """One step. Parameters are needed only by an inner transformation that looks at them."""
-        (grads, rebox), (state, rebox_state), (params, _) = map(unboxed, (grads, state, params))
-        method = self._method
+        (grads, rebox), (guarded, rebox_state), (params, _) = map(unboxed, (grads, state, params))
+        check_guarded(guarded)
+        state, method = guarded.inner_state, self._method
         leaves, treedef, chosen = chosen_leaves(grads, method)
         weights = None if params is None else treedef.flatten_up_to(params)
         kernels = _kernels(treedef, chosen, state)
@@ -267,7 +269,8 @@ class _Loop:
             if points:
                 run = functools.partial(self._halves.project_compiled, leaf.nameless())
                 points[i] = mesh.auto(run, prepared[i].basis, points[i], specs=leaf.mirror(leaves[i]))
-        updates, *states = self._steps(treedef, chosen, projected, points, inner_state, state.ordinary, extra_args)
+        steps, *states = self._steps(treedef, chosen, projected, points, inner_state, state.ordinary, extra_args)
+        updates = list(steps)
         for i, leaf in chosen.items():
             dtype = jnp.result_type(leaves[i] if weights is None else weights[i])
             run = functools.partial(self._halves.finish_compiled, leaf.nameless(), dtype)
@@ -278,8 +281,13 @@ class _Loop:
             kernels[i] = _Kernel(ends[1], ends[2], prepared[i].rank, prepared[i].clock)
         trees = _of_kernels(treedef, kernels)
         count = optax.safe_increment(state.count)
-        state = SubspaceState(count, state.key, inner=states[0], ordinary=states[1], **trees)
-        return rebox(treedef.unflatten(updates)), rebox_state(state)
+        new = SubspaceState(count, state.key, inner=states[0], ordinary=states[1], **trees)
+        # Coordinates tell whether a gradient and an update are finite, unless they are some of its entries. They are
+        # much smaller.
+        seen = leaves if method.projector.coordinates else projected
+        finite = is_finite(seen, steps, state, new)
+        out, guarded = let_through(finite, treedef.unflatten(updates), new, guarded, self._most_skips)
+        return rebox(out), rebox_state(guarded)
 
     def _steps(
         self,

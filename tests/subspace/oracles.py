@@ -204,6 +204,32 @@ def sumo(grads, r, period, b1):
         yield 0.2 * np.sqrt(max(G.shape)) * P @ (U @ Vt)
 
 
+def snsm(grads, r, period, b1=0.9, b2=0.999, eps=1e-6):
+    M, P, v = 0.0, None, 0.0
+    for t, G in enumerate(grads):
+        if t % period == 0:
+            P, M = top(G, r), 0.0
+        R = P.T @ G
+        M = b1 * M + (1 - b1) * R
+        v = b2 * v + (1 - b2) * np.sum(G**2, axis=0)
+        correction = np.sqrt(1 - b2 ** (t + 1)) / (1 - b1 ** (t + 1))
+        yield correction * (P @ M + G - P @ R) / (np.sqrt(v) + eps)
+
+
+def mofasgd(grads, r, beta, outside):
+    """With dense matrices."""
+    M = U = V = None
+    for G in grads:
+        if M is not None:
+            left, right = U @ U.T, V @ V.T
+            G_tangent = left @ G + G @ right - left @ G @ right
+        M = G if M is None else beta * M + G_tangent
+        U, s, Vt = np.linalg.svd(M, full_matrices=False)
+        U, s, V = U[:, :r], s[:r], Vt[:r].T
+        M = U * s @ V.T
+        yield U @ V.T + outside * (G - U @ U.T @ G) @ (np.eye(len(V)) - V @ V.T)
+
+
 def dion(grads, Q, mu):
     """For m <= n: P on the longer side. Without the factor of the shape."""
     M = 0.0

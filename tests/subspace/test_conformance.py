@@ -29,6 +29,8 @@ CASES = {
     "flora": lambda h, **o: lro.flora(h, 2, refresh=3, **o),
     "sumo": lambda h, **o: lro.sumo(h, 2, refresh=3, **o),
     "dion": lambda h, **o: lro.dion(h, 2, **o),
+    "snsm": lambda h, **o: lro.snsm(h, 2, refresh=3, **o),
+    "mofasgd": lambda h, **o: lro.mofasgd(h, 2, **o),
     "trion": lambda h, **o: lro.trion(h, 2, **o),
 }
 FAST = {"galore", "frugal"}

@@ -159,6 +159,33 @@ def test_sumo(transposed):
 
 
 @transposed
+def test_snsm(transposed):
+    grads = gradients()
+    check(directions(lro.snsm(1.0, R, refresh=4), grads, transposed)[0], oracles.snsm(grads, R, 4))
+
+
+@transposed
+@pytest.mark.parametrize("outside", [0.0, 0.3])
+def test_mofasgd(outside, transposed):
+    grads = gradients()
+    tx = lro.mofasgd(1.0, R, momentum=0.9, outside=outside)
+    check(directions(tx, grads, transposed)[0], oracles.mofasgd(grads, R, 0.9, outside))
+
+
+def test_mofasgd_waits_for_a_gradient():
+    """Zero gradients make no momentum, and a stack starts each of its kernels when its own gradient arrives."""
+    g = jnp.asarray(np.stack(gradients()[:2]))
+    tx = lro.mofasgd(1.0, R, where=lambda path, shape: lro.Axes(1, 1))
+    state, update = tx.init(g), jax.jit(tx.update)
+    first, state = update(g.at[0].set(0), state, g)
+    second, state = update(g, state, g)
+    alone = lro.mofasgd(1.0, R)
+    expected, _ = alone.update(g[0], alone.init(g[0]), g[0])
+    assert not np.any(first[0]) and np.any(first[1])
+    np.testing.assert_allclose(second[0], expected, atol=1e-12)
+
+
+@transposed
 def test_dion(transposed):
     grads = gradients()
     tx = lro.dion(1.0, R, weight_decay=0.0)

@@ -31,6 +31,8 @@ NUMBERS = {
     "dct_adam": (lambda: lro.dct_adam(1e-2, R), 2 * R * L + S * L + R),
     "sumo": (lambda: lro.sumo(1e-2, R), R * (S + L)),
     "dion": (lambda: lro.dion(1e-2, R), S * L + R * S),
+    "snsm": (lambda: lro.snsm(1e-2, R), R * (S + L) + L),
+    "mofasgd": (lambda: lro.mofasgd(1e-2, R), R * (S + L + 1)),
     "trion": (lambda: lro.trion(1e-2, R), S * L + R),
     "galore bfloat16": (lambda: lro.galore(1e-2, R, basis_dtype=jnp.bfloat16), R * (S / 2 + 2 * L)),
 }
