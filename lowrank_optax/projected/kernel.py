@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax import linalg
-from lowrank_optax.axes import matrix_shape
 from lowrank_optax.layout.fusion import fusion_barrier
 from lowrank_optax.projected.base import Refreshing, key_of
 from lowrank_optax.projected.carry import Change
@@ -184,12 +183,7 @@ class Halves:
                 residual, Projection(a, inside, outside, projected, step, dropped)
             )
             if not self.method.residual.replaces:
-                scale = (
-                    self.method.scale(*matrix_shape(leaf.shape, leaf.axes))
-                    if callable(self.method.scale)
-                    else self.method.scale
-                )
-                lifted = scale * self.method.projector.up(basis, step, rows)
+                lifted = self.method.scale_of(leaf) * self.method.projector.up(basis, step, rows)
                 direction = lifted if direction is None else lifted + direction
             return direction, self.method.projector.after(stored, basis, a, projected, count), residual
 

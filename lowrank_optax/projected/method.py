@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 
-from lowrank_optax.axes import Rank, Where, check_where
+from lowrank_optax.axes import Rank, Where, check_where, matrix_shape
 from lowrank_optax.projected.base import Projector, both_sides
 from lowrank_optax.projected.carry import CARRIES, Carry
-from lowrank_optax.projected.leaves import SIDES
+from lowrank_optax.projected.leaves import SIDES, Leaf
 from lowrank_optax.projected.ranks import RankRule
 from lowrank_optax.projected.refresh import Refresh, every
 from lowrank_optax.projected.residuals import Residual
@@ -41,6 +41,10 @@ class Method:
     def moves_moments(self) -> bool:
         """Whether moments are looked at outside of the inner transformation."""
         return self.carry.moment is not None or self.projector.momentum or self.residual.drops
+
+    def scale_of(self, leaf: Leaf) -> Any:
+        """The factor of the lifted part of one kernel."""
+        return self.scale(*matrix_shape(leaf.shape, leaf.axes)) if callable(self.scale) else self.scale
 
     def ready(self) -> Method:
         """With objects in the place of names and numbers, and with storage and sides in the projector."""

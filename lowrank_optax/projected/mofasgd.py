@@ -36,7 +36,12 @@ class FactoredMomentumState(NamedTuple):
 
 
 def scale_by_factored_momentum(
-    rank: Rank, decay: Number = 0.95, outside: float = 0.0, *, where: Where | None = None
+    rank: Rank,
+    decay: Number = 0.95,
+    outside: float = 0.0,
+    reciprocal: float | None = None,
+    *,
+    where: Where | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The polar factor of a momentum of rank r, which follows the gradient on the tangent space of its rank.
 
@@ -52,6 +57,8 @@ def scale_by_factored_momentum(
       rank: r.
       decay: beta.
       outside: factor of the gradient outside the tangent space; 0 leaves it out.
+      reciprocal: None for the polar factor :math:`U V^\top`; a number c for :math:`U \min(1 / S, c)\, V^\top`, the
+        default direction of the authors' code.
       where: see `subspace`; all leaves of the tree must be kernels.
 
     Returns:
@@ -93,8 +100,9 @@ def scale_by_factored_momentum(
             # A gradient of zeros leaves a missing momentum missing.
             new = jax.tree.map(lambda x, y: jnp.where(fresh & jnp.all(g == 0), y, x), new, m)
             # Directions without a singular value are arbitrary.
-            held = jnp.where(new.s > jnp.finfo(g.dtype).eps * new.s[0], 1, 0).astype(g.dtype)
-            direction = (new.U * held[None]) @ new.V.T
+            held = new.s > jnp.finfo(g.dtype).eps * new.s[0]
+            size = jnp.ones_like(new.s) if reciprocal is None else 1 / jnp.maximum(new.s, 1 / reciprocal)
+            direction = (new.U * jnp.where(held, size, 0)[None]) @ new.V.T
             if outside:
                 rest = g - new.U @ (new.U.T @ g)
                 direction = direction + outside * (rest - (rest @ new.V) @ new.V.T)
@@ -119,6 +127,7 @@ def mofasgd(
     *,
     momentum: Number = 0.95,
     outside: float = 0.0,
+    reciprocal: float | None = None,
     weight_decay: Number = 0.0,
     mask: Mask = None,
     where: Where | None = None,
@@ -134,6 +143,7 @@ def mofasgd(
       rank: r.
       momentum: decay of the momentum.
       outside: see `lowrank_optax.projected.scale_by_factored_momentum`.
+      reciprocal: likewise.
       weight_decay: decoupled decay, times the learning rate.
       mask: leaves to decay.
       where: see `lowrank_optax.subspace`.
@@ -150,5 +160,5 @@ def mofasgd(
       Mahdavinia, Mahdavi, `arXiv:2507.08091 <https://arxiv.org/abs/2507.08091>`_, 2025, algorithm 1.
     """
     others = optax.scale_by_adam() if ordinary is None else ordinary
-    kernels = scale_by_factored_momentum(rank, momentum, outside, where=where)
+    kernels = scale_by_factored_momentum(rank, momentum, outside, reciprocal, where=where)
     return optimizer(learning_rate, weight_decay, mask, kernels_and_others(kernels, others, rank, where))

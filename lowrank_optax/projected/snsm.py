@@ -10,6 +10,7 @@ import optax
 
 from lowrank_optax import linalg
 from lowrank_optax.axes import Rank, Where
+from lowrank_optax.guard import skip_not_finite
 from lowrank_optax.projected import pieces, projectors, residuals
 from lowrank_optax.projected.apart import kernels_and_others, numbers, over_kernels, start_kernels
 from lowrank_optax.projected.common import Mask, Number, Schedule, optimizer, with_defaults
@@ -37,7 +38,7 @@ def scale_by_subset_norm(
     rank: Rank = 1,
     where: Where | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Divides updates of kernels by a second moment that all entries of a subset share.
+    r"""Divides updates of kernels by a second moment that all entries of a row or column share.
 
     .. math:: \nu_j \leftarrow b_2 \nu_j + (1 - b_2) \sum_i G_{ij}^2, \quad
        U_{ij} = \mathrm{inner}(G)_{ij} / (\sqrt{\nu_j} + \epsilon)
@@ -75,7 +76,7 @@ def scale_by_subset_norm(
         updates = jax.tree.map(lambda x, root: (x / root).astype(x.dtype), numerators, roots)
         return updates, SubsetNormState(inner_state, nu)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return skip_not_finite(optax.GradientTransformationExtraArgs(init, update))
 
 
 def snsm(

@@ -176,9 +176,9 @@ class _Loop:
         """The state before the first step. Its arrays lie and have boxes like the parameters that they mirror."""
         boxed, params = params, arrays_of(unwrapped(params)[0])
         mesh, start = Mesh(params), self._start
-        if (
-            mesh
-        ):  # Compiled, because eager operations in explicit mode need `jax.set_mesh`. The parameters tell the devices.
+        if mesh:
+            # Compiled, because eager operations in explicit mode would need `jax.set_mesh`. No number of the
+            # parameters is used, but they tell the compiler the devices.
             start = jax.jit(functools.partial(mesh.auto, start), keep_unused=True)
         return boxed_state(unskipped(start(params)), boxed)
 

@@ -216,7 +216,7 @@ def snsm(grads, r, period, b1=0.9, b2=0.999, eps=1e-6):
         yield correction * (P @ M + G - P @ R) / (np.sqrt(v) + eps)
 
 
-def mofasgd(grads, r, beta, outside):
+def mofasgd(grads, r, beta, outside, most=None):
     """With dense matrices."""
     M = U = V = None
     for G in grads:
@@ -227,7 +227,9 @@ def mofasgd(grads, r, beta, outside):
         U, s, Vt = np.linalg.svd(M, full_matrices=False)
         U, s, V = U[:, :r], s[:r], Vt[:r].T
         M = U * s @ V.T
-        yield U @ V.T + outside * (G - U @ U.T @ G) @ (np.eye(len(V)) - V @ V.T)
+        yield U * (1 if most is None else np.minimum(1 / s, most)) @ V.T + outside * (G - U @ U.T @ G) @ (
+            np.eye(len(V)) - V @ V.T
+        )
 
 
 def dion(grads, Q, mu):

@@ -165,11 +165,11 @@ def test_snsm(transposed):
 
 
 @transposed
-@pytest.mark.parametrize("outside", [0.0, 0.3])
-def test_mofasgd(outside, transposed):
+@pytest.mark.parametrize("outside, reciprocal", [(0.0, None), (0.3, 0.2)])
+def test_mofasgd(outside, reciprocal, transposed):
     grads = gradients()
-    tx = lro.mofasgd(1.0, R, momentum=0.9, outside=outside)
-    check(directions(tx, grads, transposed)[0], oracles.mofasgd(grads, R, 0.9, outside))
+    tx = lro.mofasgd(1.0, R, momentum=0.9, outside=outside, reciprocal=reciprocal)
+    check(directions(tx, grads, transposed)[0], oracles.mofasgd(grads, R, 0.9, outside, reciprocal))
 
 
 def test_mofasgd_waits_for_a_gradient():
