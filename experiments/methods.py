@@ -3,6 +3,8 @@
     full                dense kernels, AdamW
     full_muon           dense kernels, `optax.contrib.muon`
     galore              dense kernels, `optax.contrib.galore`: Adam in a subspace of the gradient
+    subspace_galore, fira, apollo, apollo_mini, frugal, ldadam, adarankgrad
+                        dense kernels, low-rank optimizer state by `lowrank_optax.subspace`
     lora                W = A B, A random, B = 0, AdamW. Trained from scratch, without LoRA's frozen weight, every
                         residual branch is zero and so is the gradient of its factors
     lora_muon           the same, Muon on A and on B
@@ -83,6 +85,21 @@ def _galore(schedule: Schedule, config: Config) -> optax.GradientTransformation:
     return optax.contrib.galore(schedule, config.rank, gap, base_optimizer=inner, weight_decay=config.weight_decay)
 
 
+def _subspace(make: Callable[..., Any], schedule: Schedule, config: Config) -> optax.GradientTransformation:
+    """A published method of `lowrank_optax` with the rank and the clipping of the others and a period as above."""
+    gap = max(1, config.steps // 30)
+    options: dict[str, Any] = {"refresh": gap}
+    if make is lro.ldadam:  # a new basis in every step
+        options = {}
+    if make is lro.adarankgrad:
+        options = {"refresh": lro.refresh.converged(at_most=gap)}
+    if make is not lro.apollo_mini:  # of rank 1
+        options["rank"] = config.rank
+    # The optimizer sees kernels only: others are masked.
+    tx = make(schedule, b2=B2, weight_decay=config.weight_decay, where=lambda path, shape: True, **options)
+    return optax.chain(optax.clip_by_global_norm(CLIP), tx)
+
+
 def _lowrank_adam(schedule: Schedule, config: Config, others: optax.GradientTransformation, geometry: str) -> Any:
     return _on_manifold(_adamw(schedule, config), config, others, geometry)
 
@@ -133,6 +150,11 @@ METHODS: dict[str, Method] = {
     "full_muon": Method("dense", _muon),
     "full_heavy_ball": Method("dense", _heavy_ball),
     "galore": Method("dense", _galore),
+    "subspace_galore": Method("dense", functools.partial(_subspace, lro.galore)),
+    **{
+        name: Method("dense", functools.partial(_subspace, getattr(lro, name)))
+        for name in ("fira", "apollo", "apollo_mini", "frugal", "ldadam", "adarankgrad")
+    },
     "lora": Method("zero pair", _adamw),
     "lora_muon": Method("zero pair", _muon),
     "factors": Method("pair", _adamw),

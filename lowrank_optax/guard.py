@@ -56,35 +56,51 @@ def skip_not_finite(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> SkipNotFiniteState:
-        return SkipNotFiniteState(inner.init(params), *(jnp.zeros((), jnp.int32) for _ in range(2)))
+        return unskipped(inner.init(params))
 
     def update(grads: Any, state: SkipNotFiniteState, params: Any = None, **extra_args: Any) -> Any:
-        if not isinstance(state, SkipNotFiniteState):
-            raise ValueError(
-                f"the optimizer state is a {type(state).__name__} and belongs to another optimizer: "
-                "make it with tx.init(params)"
-            )
+        check_guarded(state)
         updates, inner_state = inner.update(grads, state.inner_state, params, **extra_args)
-
-        finite = _is_finite(grads, updates, state.inner_state, inner_state)
-        through = finite | (state.consecutive_notfinite >= max_consecutive_skips)
-
-        def select(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda a, b: a if a is b else jnp.where(through, a, b), new, old)
-
-        count, row = (optax.safe_increment(x) for x in state[1:])
-        state = SkipNotFiniteState(
-            select(inner_state, state.inner_state),
-            jnp.where(finite, state.notfinite_count, count),
-            jnp.where(finite, 0, row),
-        )
-        return select(updates, jax.tree.map(jnp.zeros_like, updates)), state
+        finite = is_finite(grads, updates, state.inner_state, inner_state)
+        return let_through(finite, updates, inner_state, state, max_consecutive_skips)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def unskipped(inner_state: Any) -> SkipNotFiniteState:
+    """The first state of the guard."""
+    return SkipNotFiniteState(inner_state, *(jnp.zeros((), jnp.int32) for _ in range(2)))
+
+
+def check_guarded(state: Any) -> None:
+    """Raises ValueError for a state of an optimizer without the guard."""
+    if not isinstance(state, SkipNotFiniteState):
+        raise ValueError(
+            f"the optimizer state is a {type(state).__name__} and belongs to another optimizer: "
+            "make it with tx.init(params)"
+        )
+
+
+def let_through(
+    finite: jax.Array, updates: Any, inner_state: Any, state: SkipNotFiniteState, max_consecutive_skips: Any
+) -> tuple[Any, SkipNotFiniteState]:
+    """The updates and the new state of a step, or zeros and the state before it if the step is to be skipped."""
+    through = finite | (state.consecutive_notfinite >= max_consecutive_skips)
+
+    def select(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda a, b: a if a is b else jnp.where(through, a, b), new, old)
+
+    count, row = (optax.safe_increment(x) for x in state[1:])
+    state = SkipNotFiniteState(
+        select(inner_state, state.inner_state),
+        jnp.where(finite, state.notfinite_count, count),
+        jnp.where(finite, 0, row),
+    )
+    return select(updates, jax.tree.map(jnp.zeros_like, updates)), state
+
+
 @jax.jit
-def _is_finite(grads: Any, updates: Any, old: Any, new: Any) -> jax.Array:
+def is_finite(grads: Any, updates: Any, old: Any, new: Any) -> jax.Array:
     """Whether gradients and updates are finite and no leaf of the state has become infinite or NaN.
 
     A state may hold infinities on purpose, as the start of a best value so far.

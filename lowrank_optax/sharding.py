@@ -7,6 +7,7 @@ which index stacked layers, stay in front of all three factors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -74,7 +75,8 @@ def state_specs(state: Any, params: Any, specs: Any) -> Any:
 
     Moments and accumulated gradients are sharded like the parameter that they mirror: pairs like U and V, tangent
     vectors like U, S and V, coefficients, which are r x r, like S. Counters and diagnostics are replicated. A leaf
-    mirrors a parameter if its path ends in the path of the parameter and the shapes fit.
+    mirrors a parameter if its path ends in the path of the parameter and the shapes fit. In a state of `subspace` the
+    rows of a basis and the columns of coordinates are sharded like the axes of the kernel that they stand for.
 
     Args:
       state: a state of any Optax transformation, a Flax `TrainState`, or `nnx.state(optimizer)`, with arrays or shapes
@@ -152,6 +154,8 @@ def _map_mirrors(f: Callable[..., Any], state: Any, owners: dict[tuple[str, ...]
         p, spec, box = owner(key)
         if p is not None and not is_lowrank(p) and jnp.shape(x) == jnp.shape(p):
             return f(x, spec, box)
+        if p is not None and not is_lowrank(p) and jnp.ndim(x) >= 2:
+            return f(x, _of_projection(jnp.shape(x), jnp.shape(p), spec), None)
         W, factors, boxes = owner(key[:-1])
         if not is_lowrank(W):  # a rank, whose path is the path of its kernel
             return f(x, _of_batch(x, p, spec), box) if is_lowrank(p) else f(x, PartitionSpec(), None)
@@ -231,6 +235,34 @@ def _of_grid(W: Any, name: str, spec: tuple[Any, ...]) -> PartitionSpec:
     *others, last = entries[batch : batch + len(axes)]
     grid = (last, None) if name == "U" else (None, last)
     return _short((*entries[:batch], *grid, _merged(tuple(others))))
+
+
+def _of_projection(shape: tuple[int, ...], dense: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
+    """The spec of a basis, of coordinates or of an error of `subspace` from that of its dense kernel, by the shapes."""
+    entries, batch = (*spec, *(None,) * (len(dense) - len(spec))), len(shape) - 2
+    for i in range(batch + 1, len(dense)):
+        if shape[:batch] != dense[:batch]:
+            break
+        m, n = math.prod(dense[batch:i]), math.prod(dense[i:])
+        ins, outs = joined(entries[batch:i]), joined(entries[i:])
+        known = {m: ins, n: outs}
+        a, b = shape[batch:]
+        if (a, b) in ((m, n), (n, m)):
+            pair = (ins, outs) if (a, b) == (m, n) else (outs, ins)
+        elif a in (m, n):  # a basis
+            pair = known[a] if m != n else ins, None
+        elif b in (m, n):  # coordinates
+            pair = None, known[b] if m != n else outs
+        else:
+            continue
+        return _short((*entries[:batch], *pair))
+    return PartitionSpec()
+
+
+def joined(entries: tuple[Any, ...]) -> Any:
+    """The mesh axes of the product of several axes, None where their order does not allow any."""
+    # Parts of the first axis stay in one piece when axes are joined, and parts of others do not.
+    return None if any(entry is not None for entry in entries[1:]) else entries[0]
 
 
 def _merged(entries: tuple[Any, ...]) -> Any:

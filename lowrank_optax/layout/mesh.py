@@ -38,18 +38,23 @@ class Mesh:
     def __bool__(self) -> bool:
         return self._mesh is not None
 
-    def auto(self, f: Callable[..., Any], *args: Any, like: Any = None) -> Any:
-        """`f(*args)` in auto mode. The result is sharded like `like`, by default like the parameters it mirrors."""
+    def auto(
+        self, f: Callable[..., Any], *args: Any, like: Any = None, specs: Callable[[Any], PartitionSpec] | None = None
+    ) -> Any:
+        """`f(*args)` in auto mode. The result is sharded like `like`, by default like the parameters it mirrors.
+
+        Or `specs` gives the spec of each of its arrays, from their shapes.
+        """
         if self._mesh is None:
             return f(*args)
         axes = self._mesh.explicit_axes
         if like is None:
             replicated = NamedSharding(self._mesh, PartitionSpec())
             shapes = jax.eval_shape(jax.sharding.auto_axes(f, axes=axes, out_sharding=replicated), *args)
-            specs = self._mirrors(shapes)
+            results = jax.tree.map(specs, shapes) if specs else self._mirrors(shapes)
         else:
-            specs = jax.tree.map(spec, like)
-        return jax.sharding.auto_axes(f, axes=axes, out_sharding=self._shardings(specs))(*args)
+            results = jax.tree.map(spec, like)
+        return jax.sharding.auto_axes(f, axes=axes, out_sharding=self._shardings(results))(*args)
 
     def explicit(self, f: Callable[..., Any]) -> Callable[..., Any]:
         """`f` in explicit mode inside `auto`; its arguments are sharded like the parameters that they mirror."""
