@@ -73,7 +73,7 @@ class OLoRA(Start):
 class Gradient(Start):
     r"""Singular vectors of a gradient G of the loss: with :math:`G = U \Sigma V^\top` of a kernel of n outputs
 
-    .. math:: A = c\,U_{r+1..2r}, \quad B = c\,V_{1..r}^\top, \quad c = n^{1/4} / \sqrt\gamma.
+    .. math:: A = c\,U_{1..r}, \quad B = c\,V_{r+1..2r}^\top, \quad c = n^{1/4} / \sqrt\gamma.
 
     W0 gives way to the change. A change of kind `lowrank` starts at zero between the r leading singular vectors of both
     sides instead, so that its first step is the steepest of its rank.
@@ -160,7 +160,7 @@ def _olora(W: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
 
 def _from_gradient(G: jax.Array, rank: int, c: float) -> tuple[jax.Array, jax.Array]:
     u, _, v = linalg.svd(G)
-    return c * u[:, rank : 2 * rank], c * v[:, :rank].T
+    return c * u[:, :rank], c * v[:, rank : 2 * rank].T
 
 
 def _leading(G: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
