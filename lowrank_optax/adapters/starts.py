@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lowrank_optax import linalg
 from lowrank_optax.adapters.request import Request
-from lowrank_optax.layout import map_matrices
+from lowrank_optax.layout import map_replicated
 from lowrank_optax.linalg import working_dtype
 from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.paths import path_name
@@ -56,7 +56,7 @@ class PiSSA(Start):
     name: str = "pissa"
 
     def pair(self, request: Request) -> tuple[jax.Array, jax.Array, bool]:
-        return *map_matrices(_pissa, request.W, rank=request.rank, scale=request.scale), True
+        return *map_replicated(_pissa, request.W, rank=request.rank, scale=request.scale), True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class OLoRA(Start):
     name: str = "olora"
 
     def pair(self, request: Request) -> tuple[jax.Array, jax.Array, bool]:
-        return *map_matrices(_olora, request.W, rank=request.rank), True
+        return *map_replicated(_olora, request.W, rank=request.rank), True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +106,10 @@ class Gradient(Start):
                 f"min(m, n) = {min(request.m, request.n)} of {request.name!r}"
             )
         c = request.n**0.25 / self.gamma**0.5
-        return *map_matrices(_from_gradient, self.of(request), rank=request.rank, c=c), True
+        return *map_replicated(_from_gradient, self.of(request), rank=request.rank, c=c), True
 
     def bases(self, request: Request) -> tuple[jax.Array, jax.Array] | None:
-        return map_matrices(_leading, self.of(request), rank=request.rank)
+        return map_replicated(_leading, self.of(request), rank=request.rank)
 
 
 def gradient(gradients: Any, *, gamma: float = 16.0) -> Gradient:
