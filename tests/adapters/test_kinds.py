@@ -49,6 +49,7 @@ FORMULAS = {
     "dora": dora,
     "core": lambda W, d: W + float(d.scale) * d.U @ d.C @ d.V.T,
     "loha": lambda W, d: W + float(d.scale) * (d.A1 @ d.B1) * (d.A2 @ d.B2),
+    "hira": lambda W, d: W * (1 + float(d.scale) * d.A @ d.B),
     "lokr": lambda W, d: W + float(d.scale) * np.kron(d.C, d.A @ d.B),
     "fourier": fourier,
     "hra": householder,

@@ -32,7 +32,7 @@ class Model(nnx.Module):
         return self.head(nnx.tanh(self.general(self.einsum(x))))
 
 
-KINDS = ("lowrank", "lora", "dora", "core", "vera", "loha", "hra")
+KINDS = ("lowrank", "lora", "dora", "core", "vera", "loha", "hira", "hra")
 X = draw((2, 5, 3))
 ONLY = nnx.DiffState(0, lro.nnx.AdapterParam)
 

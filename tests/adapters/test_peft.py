@@ -57,13 +57,15 @@ def more(name: str) -> lro.adapters.Change:
     if name == "fourierft":
         positions = jnp.asarray(MORE["fourierft.indices"][::-1].T, jnp.float64)
         return lro.adapters.Fourier(take("param.fourierft_spectrum"), positions, jnp.asarray(20.0))
+    if name == "hira":
+        return lro.adapters.HiRA(take("param.hira_A"), take("param.hira_B"), jnp.asarray(1.0))
     C = take("param.lokr_w1")
     if name == "lokr":
         return lro.adapters.LoKr(C, take("param.lokr_w2_b"), take("param.lokr_w2_a"), jnp.asarray(3.0))
     return lro.adapters.LoKr(C, None, take("param.lokr_w2"), jnp.asarray(0.75))
 
 
-@pytest.mark.parametrize("name", ["lokr", "lokr_full", "fourierft"])
+@pytest.mark.parametrize("name", ["lokr", "lokr_full", "fourierft", "hira"])
 def test_structured_changes(name: str) -> None:
     change, base = more(name), jnp.asarray(MORE[f"{name}.base_weight"].T)
     x, target = MORE[f"{name}.x"], MORE[f"{name}.y_target"]
@@ -78,7 +80,15 @@ def test_structured_changes(name: str) -> None:
     np.testing.assert_allclose(y, MORE[f"{name}.out"], **tolerance)
     merged = lro.adapters.merge({"kernel": base}, {"kernel": change})["kernel"]
     np.testing.assert_allclose(merged, MORE[f"{name}.merged_weight"].T, **tolerance)
-    pairs = {"fourierft_spectrum": "F", "lokr_w1": "C", "lokr_w2_b": "A", "lokr_w2_a": "B", "lokr_w2": "B"}
+    pairs = {
+        "fourierft_spectrum": "F",
+        "lokr_w1": "C",
+        "lokr_w2_b": "A",
+        "lokr_w2_a": "B",
+        "lokr_w2": "B",
+        "hira_A": "A",
+        "hira_B": "B",
+    }
     for key, field in pairs.items():
         if f"{name}.grad.{key}.default" in MORE:
             want = MORE[f"{name}.grad.{key}.default"].T
