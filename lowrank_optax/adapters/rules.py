@@ -86,8 +86,8 @@ def optimizer(
             raise ValueError(f"rule {rule!r} is for changes of kind {kind}, and the tree has none")
         return tx.init(delta)
 
-    def update(grads: Any, state: Any, delta: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(with_nodes(grads), state, with_nodes(delta), **extra_args)
+    def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(with_nodes(grads), state, with_nodes(params), **extra_args)
         return without_nodes(updates, grads), state
 
     return optax.GradientTransformationExtraArgs(init, update)

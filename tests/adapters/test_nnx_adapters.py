@@ -43,7 +43,7 @@ def perturb(model):
     nnx.update(model, jax.tree.map(lambda x: x + 0.1 * draw(x.shape, 3) if x.ndim else x, state))
 
 
-@pytest.mark.parametrize("kind", ["lora", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "lora")])
+@pytest.mark.parametrize("kind", ["core", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "core")])
 def test_a_model_with_changes_is_the_model_with_merged_kernels(kind: str) -> None:
     model, plain = Model(nnx.Rngs(0)), Model(nnx.Rngs(0))
     before = nnx.state(model, nnx.Param)

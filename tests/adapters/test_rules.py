@@ -229,6 +229,32 @@ def test_every_rule_fits_a_change(rule: str) -> None:
     assert loss(after) - least < 1e-2 * (loss(delta) - least)
 
 
+@pytest.mark.parametrize("rule", [*RULES, "manifold"])
+def test_wrappers_of_optax(rule: str) -> None:
+    """Accumulated gradients are the mean gradient, hyperparameters are arrays, and states map like their parameters."""
+    kind = "lowrank" if rule == "manifold" else "dora" if rule == "pro" else "lora"
+    _, delta = lro.adapters.init(jax.random.key(0), {"kernel": draw((8, 6))}, 2, kind=kind, alpha=3)
+    delta = jax.tree.map(lambda x: x + 0.1 if rule != "manifold" else x, delta)
+    tx = lro.adapters.optimizer(optax.adam(1e-2), rule=rule, ratio=3.0, damping=1e-2)
+    grads = jax.tree.map(lambda x: draw(x.shape, 3), delta)
+    once = tx.update(grads, tx.init(delta), delta)[0]
+
+    several = optax.MultiSteps(tx, 2)
+    state = several.init(delta)
+    update = jax.jit(several.update)
+    for factor in (0.5, 1.5):
+        updates, state = update(jax.tree.map(lambda g, by=factor: by * g, grads), state, delta)
+    close(updates, once)
+
+    make = lambda ratio, damping: lro.adapters.optimizer(optax.adam(1e-2), rule, ratio=ratio, damping=damping)  # noqa: E731
+    injected = optax.inject_hyperparams(make)(ratio=3.0, damping=1e-2)
+    close(injected.update(grads, injected.init(delta), delta)[0], once, 1e-6)  # numbers in float32
+
+    counted = []
+    optax.tree.map_params(tx, counted.append, tx.init(delta))
+    assert counted
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"rule is one of \['frozen_a', .*, got 'rite'"):
         lro.adapters.optimizer(optax.sgd(1.0), rule="rite")
