@@ -1,4 +1,4 @@
-"""Kernels kept in other forms than U S V^T: a plain pair of factors, and a frozen kernel with an adapter."""
+"""Kernels kept in other forms than U S V^T: a plain pair of factors, and a frozen kernel with a change."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,17 +20,9 @@ class Pair:
     B: jax.Array
 
 
-@flax.struct.dataclass
-class Adapter:
-    """W = base + delta, with a base that is not trained and a delta of low rank."""
-
-    base: jax.Array
-    delta: Any
-
-
 def is_factored(x: Any) -> bool:
     """Whether `x` stands for one kernel and is no plain array."""
-    return lro.is_lowrank(x) or isinstance(x, Pair | Adapter)
+    return lro.is_lowrank(x) or isinstance(x, Pair | lro.adapters.Adapted)
 
 
 def balanced(W: lro.LowRank) -> Pair:
@@ -54,9 +46,9 @@ def zero_lowrank(key: jax.Array, W: lro.LowRank) -> lro.LowRank:
 
 
 def singular_values(x: Any) -> np.ndarray:
-    """Those of a kernel in any form, of an Adapter its delta's: `(kernels, count)`, NaN if it is not finite."""
-    if isinstance(x, Adapter):
-        return singular_values(x.delta)
+    """Those of a kernel in any form, of an adapted one its change's: `(kernels, count)`, NaN if it is not finite."""
+    if isinstance(x, lro.adapters.Adapted):
+        return singular_values(x.change)
     if lro.is_lowrank(x):
         small = np.asarray(x.S, np.float32).reshape(-1, x.width, x.width)
     elif isinstance(x, Pair):
@@ -72,34 +64,20 @@ def singular_values(x: Any) -> np.ndarray:
 
 
 def apply(model: nn.Module) -> Callable[..., Any]:
-    """`lro.linen.apply` in which an `nn.Dense`, `nn.DenseGeneral` or `nn.Conv` may hold a Pair or an Adapter.
-
-    An Adapter runs in `nn.Dense` only.
-    """
+    """`lro.linen.apply` in which a layer may hold a Pair, or an adapted kernel whose change is one."""
     factored = lro.linen.apply(model)
-
-    def adapted(run: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        module = context.module
-        if isinstance(module, nn.Dense) and context.method_name == "__call__":
-            kernel = module.get_variable("params", "kernel")
-            if isinstance(kernel, Adapter):
-                dtype = nn.dtypes.canonicalize_dtype(*args, *jax.tree.leaves(kernel), dtype=module.dtype)
-                x, base, delta = jax.tree.map(lambda a: jnp.asarray(a, dtype), (*args, kernel.base, kernel.delta))
-                y = x @ jax.lax.stop_gradient(base) + x @ delta
-                return y + module.get_variable("params", "bias").astype(y.dtype) if module.use_bias else y
-        return run(*args, **kwargs)
 
     def applied(variables: Any, *args: Any, **kwargs: Any) -> Any:
         params = jax.tree.map(_as_lowrank, variables["params"], is_leaf=is_factored)
-        with nn.intercept_methods(adapted):
-            return factored({**variables, "params": params}, *args, **kwargs)
+        return factored({**variables, "params": params}, *args, **kwargs)
 
     return applied
 
 
 def _as_lowrank(x: Any) -> Any:
-    if isinstance(x, Adapter):
-        return Adapter(x.base, _as_lowrank(x.delta))
+    if isinstance(x, lro.adapters.Adapted):
+        change = lro.adapters.LowRankChange(_as_lowrank(x.change))
+        return lro.adapters.Adapted(jax.lax.stop_gradient(x.base), change)
     if not isinstance(x, Pair):
         return x
     return lro.LowRank(x.A, jnp.eye(x.A.shape[-1], dtype=x.A.dtype), jnp.moveaxis(x.B, 0, -1))

@@ -189,7 +189,7 @@ def factor(method: Method, task: Task, params: Params, config: Config, key: jax.
     def one(W: Any, dense: Any) -> Any:
         if not lro.is_lowrank(W):
             return W
-        return kernels.Adapter(dense, change(W)) if config.adapt else change(W)
+        return lro.adapters.Adapted(dense, change(W)) if config.adapt else change(W)
 
     return jax.tree.map(one, lowrank, params, is_leaf=lro.is_lowrank)
 
@@ -213,8 +213,8 @@ def labels(task: Task, params: Params) -> Any:
 
     def label(path: tuple, leaf: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if isinstance(leaf, kernels.Adapter):
-            return kernels.Adapter("frozen", "kernels")
+        if isinstance(leaf, lro.adapters.Adapted):
+            return lro.adapters.Adapted("frozen", "kernels")
         if kernels.is_factored(leaf) or task.is_kernel(name, leaf.shape):
             return "kernels"
         return "frozen" if task.is_frozen(name) else "others"
@@ -253,7 +253,7 @@ def optimizer(name: str, task: Task, config: Config) -> optax.GradientTransforma
 def mean_rank(params: Params) -> float | None:
     """Mean rank of the factored kernels: the active one if low-rank, else their width; None for a dense model."""
     nodes = [x for x in jax.tree.leaves(params, is_leaf=kernels.is_factored) if kernels.is_factored(x)]
-    nodes = [x.delta if isinstance(x, kernels.Adapter) else x for x in nodes]
+    nodes = [x.change if isinstance(x, lro.adapters.Adapted) else x for x in nodes]
     pairs = [x.A.shape[-1] for x in nodes if isinstance(x, kernels.Pair)]
     if pairs or not nodes:
         return float(np.mean(pairs)) if pairs else None

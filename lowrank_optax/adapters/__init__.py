@@ -19,6 +19,7 @@ kernel, so one kind runs in every layer of Flax, in `lowrank_optax.einsum` and i
 | `"core"` | `W0 + s U C V^T`, U and V frozen singular vectors of W0 (LoRA-XS) | `r^2` |
 | `"vera"` | `W0 + A diag(d) B^T diag(b)`, A and B random and shared by all layers | `n + r` |
 | `"loha"` | `W0 + s (A1 B1) o (A2 B2)` | `2 r (m + n)` |
+| `"hira"` | `W0 + s W0 o (A B)` | `r (m + n)` |
 | `"lokr"` | `W0 + s kron(C, A B)` | `m1 n1 + r (m2 + n2)` |
 | `"fourier"` | `W0 + s Re ifft2(F)` with r entries in F | `r` |
 | `"hra"` | `H_r ... H_1 W0`, reflections of the inputs | `r m` |
@@ -41,7 +42,7 @@ from lowrank_optax.adapters.rotation import Householder
 from lowrank_optax.adapters.rules import optimizer
 from lowrank_optax.adapters.shared import Bank, VeRA
 from lowrank_optax.adapters.starts import gradient
-from lowrank_optax.adapters.structured import Fourier, LoHa, LoKr
+from lowrank_optax.adapters.structured import Fourier, HiRA, LoHa, LoKr
 from lowrank_optax.adapters.trees import add, attach, labels, merge, unmerge
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "Change",
     "Core",
     "Fourier",
+    "HiRA",
     "Householder",
     "LoHa",
     "LoKr",

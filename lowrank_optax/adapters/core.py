@@ -11,7 +11,7 @@ from lowrank_optax import linalg
 from lowrank_optax.adapters.change import Change, node
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.axes import Axes
-from lowrank_optax.layout import map_matrices
+from lowrank_optax.layout import map_replicated
 from lowrank_optax.lowrank import LowRank
 
 
@@ -43,7 +43,7 @@ class Core(Change):
     @classmethod
     def make(cls, request: Request) -> tuple[Any, Any]:
         request.start.only_zero(cls.kind)
-        U, V = map_matrices(_frame, request.W, rank=request.rank)
+        U, V = map_replicated(_frame, request.W, rank=request.rank)
         zero = jnp.zeros((*request.batch, request.rank, request.rank), request.W.dtype)
         return cls(request.rows(U), zero, request.outputs(V), request.number(request.scale)), None
 

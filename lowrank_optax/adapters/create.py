@@ -17,7 +17,7 @@ from lowrank_optax.adapters.request import Request
 from lowrank_optax.adapters.rotation import Householder
 from lowrank_optax.adapters.shared import BANK, VeRA, draw_bank
 from lowrank_optax.adapters.starts import as_start
-from lowrank_optax.adapters.structured import Fourier, LoHa, LoKr
+from lowrank_optax.adapters.structured import Fourier, HiRA, LoHa, LoKr
 from lowrank_optax.adapters.trees import nested
 from lowrank_optax.axes import Axes, Rank, Where, check_where, matrix_shape, rank_number, split_axes
 from lowrank_optax.boxes import closed, is_box, opened
@@ -27,7 +27,7 @@ from lowrank_optax.paths import listed, path_name, refuse_nnx
 from lowrank_optax.product import is_composed
 
 KINDS: dict[str, Any] = {
-    kind.kind: kind for kind in (LowRankChange, LoRA, Core, VeRA, LoHa, LoKr, Fourier, Householder)
+    kind.kind: kind for kind in (LowRankChange, LoRA, Core, VeRA, LoHa, HiRA, LoKr, Fourier, Householder)
 }
 KINDS["dora"] = Over(LoRA)
 
@@ -54,7 +54,8 @@ def init(
       params: the parameters of the model, in any floating dtype.
       rank: an int, a fraction of `min(m, n)` in (0, 1], or a callable of path and shape.
       kind: the parametrisation, see the table in `lowrank_optax.adapters`: `"lowrank"`, `"lora"`, `"dora"`, `"core"`,
-        `"vera"`, `"loha"`, `"lokr"`, `"fourier"`, `"hra"`, or `magnitude(kind)` for DoRA's lengths over another one.
+        `"vera"`, `"loha"`, `"hira"`, `"lokr"`, `"fourier"`, `"hra"`, or `magnitude(kind)` for DoRA's lengths over
+        another one.
       start: `"zero"`, `"pissa"`, `"olora"`, or `gradient(grads)`.
       alpha: the constant of the scale; None for s = 1 (for `"fourier"` s is alpha itself, 150 by default).
       scale: `"alpha/r"`, `"alpha/sqrt(r)"`, or `"none"` for s = 1.

@@ -36,8 +36,8 @@ def pro(inner: Any, damping: Any) -> optax.GradientTransformationExtraArgs:
     def init(delta: Any) -> Any:
         return inner.init(_with_products(delta))
 
-    def update(grads: Any, state: Any, delta: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        if delta is None:
+    def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        if params is None:
             raise ValueError("rule 'pro' needs the changes: update(grads, state, params)")
 
         def equivalent(gradient: LoRA, pair: LoRA) -> jax.Array:
@@ -49,8 +49,8 @@ def pro(inner: Any, damping: Any) -> optax.GradientTransformationExtraArgs:
             update = back(*map_matrices(_on_factors, motion, *flat[2:], *_numbers(pair, damping, flat[0].dtype)))
             return dataclasses.replace(update, scale=jnp.zeros_like(pair.scale))
 
-        motions, state = inner.update(on_pairs(equivalent, grads, delta), state, _with_products(delta), **extra_args)
-        return jax.tree.map(lambda x, u: on_factors(x, u) if is_pair(x) else u, delta, motions, is_leaf=is_pair), state
+        motions, state = inner.update(on_pairs(equivalent, grads, params), state, _with_products(params), **extra_args)
+        return jax.tree.map(lambda x, u: on_factors(x, u) if is_pair(x) else u, params, motions, is_leaf=is_pair), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

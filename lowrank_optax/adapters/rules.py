@@ -38,7 +38,8 @@ def optimizer(
     `precondition` :math:`G_A (B B^\top + \lambda I)^{-1}` and :math:`(A^\top A + \lambda I)^{-1} G_B` go to `inner`.
     `pro`          LoRA-Pro: `inner` sees the gradient of W that a step of both factors stands for (m x n, which is
                    the size of its state), and its update is brought to the factors.
-    `frozen_a`     LoRA-FA: A is not trained and has no state.
+    `frozen_a`     LoRA-FA: A is not trained and has no state. With a damping :math:`s^{-2} (A^\top A + \lambda I)^{-1}
+                   G_B` goes to `inner`.
     `manifold`     `fixed_rank(inner, geometry=geometry)` for kernels of kind `lowrank`; like
                    `optimizer(lro.lowrank_adam(...))`.
     ============== ======================================================================================
@@ -49,7 +50,8 @@ def optimizer(
       inner: a transformation of Optax, with its learning rate.
       rule: a rule of the table.
       ratio: of `plus`, the step of B over the step of A.
-      damping: lambda of `precondition`, default 1e-6, and of `pro`, default 1e-8.
+      damping: lambda of `precondition`, default 1e-2, of `pro`, default 1e-8, and of `frozen_a`, default no
+        preconditioning. A small one makes the first steps from B = 0 large.
       geometry: of `manifold`, see `fixed_rank`; default `Tangent()`, which leaves a zero change sooner than the others.
 
     Returns:
@@ -84,8 +86,8 @@ def optimizer(
             raise ValueError(f"rule {rule!r} is for changes of kind {kind}, and the tree has none")
         return tx.init(delta)
 
-    def update(grads: Any, state: Any, delta: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(with_nodes(grads), state, with_nodes(delta), **extra_args)
+    def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(with_nodes(grads), state, with_nodes(params), **extra_args)
         return without_nodes(updates, grads), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -114,7 +116,7 @@ def _plus(inner: Any, options: dict[str, Any]) -> Any:
 
 
 def _precondition(inner: Any, options: dict[str, Any]) -> Any:
-    damping = 1e-6 if options["damping"] is None else options["damping"]
+    damping = 1e-2 if options["damping"] is None else options["damping"]
 
     def scaled(gradient: LoRA, pair: LoRA) -> LoRA:
         flat, back = flatten_pair(gradient, pair)
@@ -129,7 +131,17 @@ def _frozen_a(inner: Any, options: dict[str, Any]) -> Any:
             lambda x: dataclasses.replace(x, A="frozen") if is_pair(x) else x, labels(delta), is_leaf=is_pair
         )
 
-    return trained(inner, without_A)
+    damping = options["damping"]
+    if damping is None:
+        return trained(inner, without_A)
+
+    def scaled(gradient: LoRA, pair: LoRA) -> LoRA:
+        flat, back = flatten_pair(gradient, pair)
+        scale = pair.scale.astype(flat[0].dtype)
+        new_B = map_matrices(_preconditioned_B, *flat[1:3], scale, jnp.full(scale.shape, damping, scale.dtype))
+        return back(flat[0], new_B)
+
+    return optax.chain(optax.stateless(lambda grads, delta: on_pairs(scaled, grads, delta)), trained(inner, without_A))
 
 
 def _manifold(inner: Any, options: dict[str, Any]) -> Any:
@@ -156,3 +168,8 @@ def _preconditioned(gA: jax.Array, gB: jax.Array, A: jax.Array, B: jax.Array, da
     solve = jax.scipy.linalg.solve
     new_A = solve(B @ B.T + eye, gA.T, assume_a="pos").T
     return new_A, solve(A.T @ A + eye, gB, assume_a="pos")
+
+
+def _preconditioned_B(gB: jax.Array, A: jax.Array, s: jax.Array, damping: jax.Array) -> jax.Array:
+    eye = damping * jnp.eye(A.shape[1], dtype=A.dtype)
+    return jax.scipy.linalg.solve(A.T @ A + eye, gB, assume_a="pos") / s**2

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lowrank_optax import linalg
 from lowrank_optax.adapters.request import Request
-from lowrank_optax.layout import map_matrices
+from lowrank_optax.layout import map_replicated
 from lowrank_optax.linalg import working_dtype
 from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.paths import path_name
@@ -56,7 +56,7 @@ class PiSSA(Start):
     name: str = "pissa"
 
     def pair(self, request: Request) -> tuple[jax.Array, jax.Array, bool]:
-        return *map_matrices(_pissa, request.W, rank=request.rank, scale=request.scale), True
+        return *map_replicated(_pissa, request.W, rank=request.rank, scale=request.scale), True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +66,14 @@ class OLoRA(Start):
     name: str = "olora"
 
     def pair(self, request: Request) -> tuple[jax.Array, jax.Array, bool]:
-        return *map_matrices(_olora, request.W, rank=request.rank), True
+        return *map_replicated(_olora, request.W, rank=request.rank), True
 
 
 @dataclasses.dataclass(frozen=True)
 class Gradient(Start):
     r"""Singular vectors of a gradient G of the loss: with :math:`G = U \Sigma V^\top` of a kernel of n outputs
 
-    .. math:: A = c\,U_{r+1..2r}, \quad B = c\,V_{1..r}^\top, \quad c = n^{1/4} / \sqrt\gamma.
+    .. math:: A = c\,U_{1..r}, \quad B = c\,V_{r+1..2r}^\top, \quad c = n^{1/4} / \sqrt\gamma.
 
     W0 gives way to the change. A change of kind `lowrank` starts at zero between the r leading singular vectors of both
     sides instead, so that its first step is the steepest of its rank.
@@ -106,10 +106,10 @@ class Gradient(Start):
                 f"min(m, n) = {min(request.m, request.n)} of {request.name!r}"
             )
         c = request.n**0.25 / self.gamma**0.5
-        return *map_matrices(_from_gradient, self.of(request), rank=request.rank, c=c), True
+        return *map_replicated(_from_gradient, self.of(request), rank=request.rank, c=c), True
 
     def bases(self, request: Request) -> tuple[jax.Array, jax.Array] | None:
-        return map_matrices(_leading, self.of(request), rank=request.rank)
+        return map_replicated(_leading, self.of(request), rank=request.rank)
 
 
 def gradient(gradients: Any, *, gamma: float = 16.0) -> Gradient:
@@ -160,7 +160,7 @@ def _olora(W: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
 
 def _from_gradient(G: jax.Array, rank: int, c: float) -> tuple[jax.Array, jax.Array]:
     u, _, v = linalg.svd(G)
-    return c * u[:, rank : 2 * rank], c * v[:, :rank].T
+    return c * u[:, :rank], c * v[:, rank : 2 * rank].T
 
 
 def _leading(G: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:

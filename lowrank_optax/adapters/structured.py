@@ -1,4 +1,4 @@
-r"""Changes of full rank from few numbers: `loha` (Hadamard products), `lokr` (Kronecker products), `fourier`."""
+r"""Changes of high rank from few numbers: `loha` and `hira` (Hadamard), `lokr` (Kronecker products), `fourier`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.change import Change, axes_with_rows, node
+from lowrank_optax.adapters.change import Change, axes_with_rows, dense_base, node
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.axes import Axes
 from lowrank_optax.layout import map_matrices
-from lowrank_optax.linalg import highest_precision
+from lowrank_optax.linalg import highest_precision, working_dtype
 from lowrank_optax.lowrank import LowRank
 
 
@@ -82,6 +82,52 @@ def _pairs(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def _hadamard(A1: jax.Array, A2: jax.Array, V1: jax.Array, V2: jax.Array, scale: jax.Array) -> jax.Array:
     return scale * (A1 @ V1.T) * (A2 @ V2.T)
+
+
+@node
+class HiRA(Change):
+    r"""The change :math:`s\,W_0 \circ (A B)`, which scales every entry of W0 and has a high rank where W0 has.
+
+    Attributes:
+      A: `(batch..., in..., r)`.
+      B: `(batch..., r, out...)`, zero at the start.
+      scale: s, `(batch...)`, not trained.
+
+    References:
+      Huang et al., HiRA: parameter-efficient Hadamard high-rank adaptation, ICLR 2025, equation 3.
+    """
+
+    kind: ClassVar[str] = "hira"
+
+    A: jax.Array
+    B: jax.Array
+    scale: jax.Array
+
+    @classmethod
+    def make(cls, request: Request) -> tuple[Any, Any]:
+        request.start.only_zero(cls.kind)
+        A, B, _ = request.start.pair(request)
+        return cls(request.rows(A), request.columns(B), request.number(request.scale)), None
+
+    @property
+    def batch(self) -> int:
+        return self.scale.ndim
+
+    def axes(self, shape: tuple[int, ...]) -> Axes:
+        return Axes(self.batch, self.A.ndim - 1 - self.batch)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return shape == (*self.A.shape[:-1], *self.B.shape[self.batch + 1 :])
+
+    @highest_precision
+    def part(self, base: Any) -> jax.Array:
+        dense, b, r = dense_base(base), self.batch, self.A.shape[-1]
+        A, B = self.A.reshape(*self.A.shape[:b], -1, r), self.B.reshape(*self.B.shape[: b + 1], -1)
+        scale = jax.lax.stop_gradient(self.scale)[..., None, None]
+        return dense.astype(working_dtype(dense)) * (scale * (A @ B)).reshape(dense.shape)
+
+    def undo(self, merged: jax.Array) -> jax.Array:
+        raise ValueError("W0 is not told from a merged kernel of kind 'hira', whose entries may vanish: keep the base")
 
 
 @node

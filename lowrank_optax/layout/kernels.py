@@ -34,6 +34,11 @@ def map_numbers(f: Callable[..., Any], S: jax.Array) -> Any:
     return Mesh(S).auto(functools.partial(map_matrices, f), S)
 
 
+def map_replicated(f: Callable[..., Any], x: jax.Array, **static: Any) -> Any:
+    """`f` of every matrix of a stack, with results that are replicated whatever the sharding of the stack."""
+    return Mesh(x).auto(functools.partial(map_matrices, f, **static), x)
+
+
 def map_kernel(f: Callable[..., Any], W: LowRank, *args: Any, **static: Any) -> Any:
     """`f(W, *args)` for every kernel of a stack, flattened and in the working dtype.
 

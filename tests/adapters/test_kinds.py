@@ -49,6 +49,7 @@ FORMULAS = {
     "dora": dora,
     "core": lambda W, d: W + float(d.scale) * d.U @ d.C @ d.V.T,
     "loha": lambda W, d: W + float(d.scale) * (d.A1 @ d.B1) * (d.A2 @ d.B2),
+    "hira": lambda W, d: W * (1 + float(d.scale) * d.A @ d.B),
     "lokr": lambda W, d: W + float(d.scale) * np.kron(d.C, d.A @ d.B),
     "fourier": fourier,
     "hra": householder,
@@ -144,8 +145,8 @@ def test_the_gradient_start() -> None:
     _, delta = lro.adapters.init(KEY, {"kernel": W}, 2, kind="lora", start=start)
     u, _, vt = np.linalg.svd(np.asarray(G))
     c = 10**0.25 / 2
-    close(np.abs(delta["kernel"].A), c * np.abs(u[:, 2:4]))
-    close(np.abs(delta["kernel"].B), c * np.abs(vt[:2]))
+    close(np.abs(delta["kernel"].A), c * np.abs(u[:, :2]))
+    close(np.abs(delta["kernel"].B), c * np.abs(vt[2:4]))
     _, delta = lro.adapters.init(KEY, {"kernel": W}, 2, start=start)
     d = delta["kernel"]
     u, s, vt = np.linalg.svd(np.asarray(G))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import lowrank_optax as lro
-from tests.adapters.peft_numbers import CASES, IDS, SHAPES, Case
+from tests.adapters.peft_numbers import CASES, DATA, IDS, SHAPES, Case
 
 # Sums of 20 products in float64, and one division by norms.
 TOLERANCE = dict(rtol=1e-12, atol=1e-12)
@@ -47,3 +47,50 @@ def test_starts(start: str, shape: str) -> None:
     np.testing.assert_allclose(delta["kernel"].A @ delta["kernel"].B, A @ B, **tolerance)
     merged = lro.adapters.merge(params, delta)
     np.testing.assert_allclose(merged["kernel"], before["kernel"], **tolerance)
+
+
+MORE = np.load(DATA / "more.npz")
+
+
+def more(name: str) -> lro.adapters.Change:
+    take = lambda key: jnp.asarray(MORE[f"{name}.{key}.default"]).T  # noqa: E731
+    if name == "fourierft":
+        positions = jnp.asarray(MORE["fourierft.indices"][::-1].T, jnp.float64)
+        return lro.adapters.Fourier(take("param.fourierft_spectrum"), positions, jnp.asarray(20.0))
+    if name == "hira":
+        return lro.adapters.HiRA(take("param.hira_A"), take("param.hira_B"), jnp.asarray(1.0))
+    C = take("param.lokr_w1")
+    if name == "lokr":
+        return lro.adapters.LoKr(C, take("param.lokr_w2_b"), take("param.lokr_w2_a"), jnp.asarray(3.0))
+    return lro.adapters.LoKr(C, None, take("param.lokr_w2"), jnp.asarray(0.75))
+
+
+@pytest.mark.parametrize("name", ["lokr", "lokr_full", "fourierft", "hira"])
+def test_structured_changes(name: str) -> None:
+    change, base = more(name), jnp.asarray(MORE[f"{name}.base_weight"].T)
+    x, target = MORE[f"{name}.x"], MORE[f"{name}.y_target"]
+    # PEFT's Fourier transform is in float32.
+    tolerance = dict(rtol=2e-6, atol=2e-6) if name == "fourierft" else TOLERANCE
+
+    def loss(change):
+        y = jnp.asarray(x) @ lro.adapters.attach({"kernel": base}, {"kernel": change})["kernel"]
+        return jnp.sum((y - target) ** 2) / 2, y
+
+    grads, y = jax.grad(loss, has_aux=True)(change)
+    np.testing.assert_allclose(y, MORE[f"{name}.out"], **tolerance)
+    merged = lro.adapters.merge({"kernel": base}, {"kernel": change})["kernel"]
+    np.testing.assert_allclose(merged, MORE[f"{name}.merged_weight"].T, **tolerance)
+    pairs = {
+        "fourierft_spectrum": "F",
+        "lokr_w1": "C",
+        "lokr_w2_b": "A",
+        "lokr_w2_a": "B",
+        "lokr_w2": "B",
+        "hira_A": "A",
+        "hira_B": "B",
+    }
+    for key, field in pairs.items():
+        if f"{name}.grad.{key}.default" in MORE:
+            want = MORE[f"{name}.grad.{key}.default"].T
+            scale = np.abs(want).max()
+            np.testing.assert_allclose(getattr(grads, field), want, rtol=0, atol=tolerance["atol"] * 10 * scale)

@@ -77,6 +77,52 @@ def test_the_trajectory_of_lora_pro(name: str, shape: str) -> None:
     assert delta["kernel"].scale == scale
 
 
+def adam_of_transformers(lr, eps=1e-6):
+    """Adam whose eps stands beside the root of the uncorrected second moment."""
+
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return State(jnp.zeros((), jnp.int32), zeros, zeros)
+
+    def update(grads, state, params=None):
+        t = state.count + 1
+        mu = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, state.mu, grads)
+        nu = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, state.nu, grads)
+        size = -lr * jnp.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+        return jax.tree.map(lambda m, v: size * m / (jnp.sqrt(v) + eps), mu, nu), State(t, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+OF_PEFT = {
+    "riemannian_sgd": lro.adapters.optimizer(optax.sgd(0.05), rule="precondition", damping=1e-2),
+    "riemannian_adamw": lro.adapters.optimizer(optax.adamw(0.02, weight_decay=0.1), rule="precondition", damping=1e-2),
+    "loraplus": lro.adapters.optimizer(optax.adam(0.01), rule="plus", ratio=4.0),
+    "lorafa": lro.adapters.optimizer(adam_of_transformers(0.02), rule="frozen_a", damping=1e-8),
+}
+
+
+@pytest.mark.parametrize("name", OF_PEFT)
+def test_the_trajectories_of_optimizers_of_peft(name: str) -> None:
+    """Eight steps in closed loop."""
+    file, tx = np.load(DATA / "more.npz"), OF_PEFT[name]
+    x, y, base, A, B = (jnp.asarray(file[f"{name}.{key}"]) for key in ("x", "y_target", "base_weight", "A", "B"))
+    params, delta = {"kernel": base.T}, {"kernel": lro.adapters.LoRA(A[0].T, B[0].T, jnp.asarray(2.0))}
+    state = tx.init(delta)
+
+    @jax.jit
+    def step(delta, state):
+        loss = lambda d: jnp.mean((x @ lro.adapters.attach(params, d)["kernel"] - y) ** 2)  # noqa: E731
+        updates, state = tx.update(jax.grad(loss)(delta), state, delta)
+        return optax.apply_updates(delta, updates), state
+
+    for t in range(8):
+        delta, state = step(delta, state)
+        # Roundings of float64 through eight normalised steps.
+        np.testing.assert_allclose(delta["kernel"].A.T, A[t + 1], rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(delta["kernel"].B.T, B[t + 1], rtol=1e-9, atol=1e-9)
+
+
 def test_formulas_of_one_step() -> None:
     """Gradient descent of step 1, on stacked kernels with several axes, against each kernel as matrices in NumPy."""
     where = lambda path, shape: lro.Axes(1, 1)  # noqa: E731
@@ -94,7 +140,9 @@ def test_formulas_of_one_step() -> None:
             return gA, 4.0 * gB
         if rule == "precondition":
             return gA @ np.linalg.inv(B @ B.T + 0.1 * eye), np.linalg.inv(A.T @ A + 0.1 * eye) @ gB
-        return (0 * gA if rule == "frozen_a" else gA), gB
+        if rule == "frozen_a":
+            return 0 * gA, np.linalg.inv(A.T @ A + 0.1 * eye) @ gB / 1.5**2
+        return gA, gB
 
     for rule in ("plain", "plus", "precondition", "frozen_a"):
         tx = lro.adapters.optimizer(optax.sgd(1.0), rule=rule, ratio=4.0, damping=0.1)
@@ -179,6 +227,32 @@ def test_every_rule_fits_a_change(rule: str) -> None:
         close(after["kernel"].A, A)
         least = jnp.mean((target - A @ jnp.linalg.pinv(A) @ target) ** 2)
     assert loss(after) - least < 1e-2 * (loss(delta) - least)
+
+
+@pytest.mark.parametrize("rule", [*RULES, "manifold"])
+def test_wrappers_of_optax(rule: str) -> None:
+    """Accumulated gradients are the mean gradient, hyperparameters are arrays, and states map like their parameters."""
+    kind = "lowrank" if rule == "manifold" else "dora" if rule == "pro" else "lora"
+    _, delta = lro.adapters.init(jax.random.key(0), {"kernel": draw((8, 6))}, 2, kind=kind, alpha=3)
+    delta = jax.tree.map(lambda x: x + 0.1 if rule != "manifold" else x, delta)
+    tx = lro.adapters.optimizer(optax.adam(1e-2), rule=rule, ratio=3.0, damping=1e-2)
+    grads = jax.tree.map(lambda x: draw(x.shape, 3), delta)
+    once = tx.update(grads, tx.init(delta), delta)[0]
+
+    several = optax.MultiSteps(tx, 2)
+    state = several.init(delta)
+    update = jax.jit(several.update)
+    for factor in (0.5, 1.5):
+        updates, state = update(jax.tree.map(lambda g, by=factor: by * g, grads), state, delta)
+    close(updates, once)
+
+    make = lambda ratio, damping: lro.adapters.optimizer(optax.adam(1e-2), rule, ratio=ratio, damping=damping)  # noqa: E731
+    injected = optax.inject_hyperparams(make)(ratio=3.0, damping=1e-2)
+    close(injected.update(grads, injected.init(delta), delta)[0], once, 1e-6)  # numbers in float32
+
+    counted = []
+    optax.tree.map_params(tx, counted.append, tx.init(delta))
+    assert counted
 
 
 def test_refusals() -> None:

@@ -72,7 +72,7 @@ def test_singular_values_are_those_of_the_kernel() -> None:
     kernel = np.random.default_rng(0).normal(size=(3, 4, 5)) @ np.diag([3.0, 1, 1, 0.1, 0])
     expected = np.linalg.svd(kernel.reshape(12, 5), compute_uv=False)
     W = lro.factorize({"W": kernel}, 5, where=lambda path, shape: lro.Axes(0, 2))["W"]
-    for x in (jnp.asarray(kernel), W, kernels.balanced(W), kernels.Adapter(jnp.asarray(kernel), W)):
+    for x in (jnp.asarray(kernel), W, kernels.balanced(W), lro.adapters.Adapted(jnp.asarray(kernel), W)):
         np.testing.assert_allclose(kernels.singular_values(x)[0], expected, atol=1e-5)  # rounding of float32
     assert np.isnan(kernels.singular_values(jnp.full((3, 2), jnp.nan))).all()
 
