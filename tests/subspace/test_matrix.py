@@ -264,10 +264,20 @@ def test_the_sides_of_a_matrix():
     np.testing.assert_allclose(both[0], expected, atol=1e-6)
 
 
+def test_as_many_groups_as_rows():
+    """The scales of four-bit numbers then have the shape of a basis of one vector, and are none."""
+    tx = lro.galore(1.0, 4, refresh=2, basis_dtype=lro.projected.int4(4))
+    updates, states = run(tx, gradients())
+    assert optax.tree.get(states, "basis").scale.shape[1:] == (6, 1)
+    assert np.linalg.matrix_rank(np.asarray(updates[0]), tol=1e-6) == 4
+
+
 def test_stored_in_fewer_bits():
     """A basis in bfloat16 loses three digits, one in four bits a tenth; both train, and int4 halves bytes of bytes."""
     exact, _ = run(lro.subspace(optax.identity(), P.svd(), rank=R, refresh=2), gradients())
-    for dtype, tolerance in ((jnp.bfloat16, 0.02), (lro.projected.int4(4), 0.3)):
+    # A group of six makes as many scales as there are vectors.
+    cases = [(jnp.bfloat16, 0.02), *((lro.projected.int4(group), 0.3) for group in (6, 2, 4))]
+    for dtype, tolerance in cases:
         tx = lro.subspace(optax.identity(), P.svd(), rank=R, refresh=2, basis_dtype=dtype)
         rounded, states = run(tx, gradients())
         assert 0 < np.max(np.abs(rounded - exact)) < tolerance * np.max(np.abs(exact))
