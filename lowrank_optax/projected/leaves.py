@@ -75,8 +75,9 @@ class Leaf:
 
     def of_width(self, stored: Any) -> Leaf:
         """With the rank that stored bases have, which `resize` may have changed."""
-        widths = [x.shape[-1] for x in jax.tree.leaves(stored) if self._is_matrix(x)]
-        return dataclasses.replace(self, rank=widths[0]) if widths else self
+        basis = getattr(stored, "basis", stored)  # beside the state of its optimizer
+        known = isinstance(basis, jax.Array) and self._is_matrix(basis)
+        return dataclasses.replace(self, rank=basis.shape[-1]) if known else self
 
     def _is_matrix(self, x: Any) -> bool:
         rows = (*self.batch, self.matrix_shape[0])
@@ -145,10 +146,9 @@ def chosen_leaves(tree: Any, method: Any, warn: bool = False) -> tuple[list[Any]
         if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
             raise ValueError(f"{name!r} has dtype {jnp.result_type(x)}: only floating kernels are projected")
         chosen[i] = leaf
-    leaves = [x for _, x in paths]
     if warn and not chosen:
-        _warn_of_nothing(tree, leaves, method.rank)
-    return leaves, treedef, chosen
+        _warn_of_nothing(paths, tree, method.rank)
+    return [x for _, x in paths], treedef, chosen
 
 
 def _chosen(
@@ -175,17 +175,21 @@ def _chosen(
     return Leaf(path, shape, axes, side, r)
 
 
-def _warn_of_nothing(tree: Any, leaves: list[Any], rank: Rank) -> None:
-    """Warns if no matrix is projected, unless a mask has hidden some leaves or all are too small."""
+def _warn_of_nothing(paths: list[Any], tree: Any, rank: Rank) -> None:
+    """Warns if no matrix is projected, unless a mask has hidden some leaves."""
     is_hidden = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+    if any(map(is_hidden, jax.tree.leaves(tree, is_leaf=is_hidden))):
+        return
     least = rank if isinstance(rank, int) else 1
-    matrices = sum(jnp.ndim(x) >= 2 and min(jnp.shape(x)[-2:]) >= least for x in leaves)
-    if matrices and not any(map(is_hidden, jax.tree.leaves(tree, is_leaf=is_hidden))):
-        warnings.warn(
-            f"subspace projects none of the {matrices} matrices that the rank fits: by default it takes those named "
-            "'kernel'; choose others with where=lambda path, shape: ...",
-            stacklevel=4,
-        )
+    matrices = [(path_name(path), min(jnp.shape(x)[-2:])) for path, x in paths if jnp.ndim(x) >= 2]
+    fitting = sum(size >= least for _, size in matrices)
+    kernels = sum(name.endswith("kernel") for name, _ in matrices)
+    if fitting:
+        reason = f"none of the {fitting} matrices that the rank fits: by default it takes those named 'kernel'"
+        warnings.warn(f"subspace projects {reason}; choose others with where=lambda path, shape: ...", stacklevel=5)
+    elif kernels:
+        reason = f"none of the {kernels} kernels, because the rank {rank} fits none: choose a smaller one or a fraction"
+        warnings.warn(f"subspace projects {reason}", stacklevel=5)
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, like: Any, where: PartitionSpec | None) -> jax.Array:

@@ -30,6 +30,9 @@ PROJECTORS = {
 }
 # Bases that stay orthonormal; Gaussian ones never are, those of Oja and COAP drift between recalibrations.
 ORTHONORMAL = set(PROJECTORS) - {"gaussian", "oja", "coap"}
+EACH_ORTHONORMAL = [
+    pytest.param(name, marks=() if name in ("svd", "rows") else pytest.mark.slow) for name in sorted(ORTHONORMAL)
+]
 INNER = {
     "identity": optax.identity(),
     "adam": optax.scale_by_adam(),
@@ -37,6 +40,7 @@ INNER = {
     "lion": optax.scale_by_lion(),
     "adabelief": optax.scale_by_belief(),
 }
+EACH_INNER = ["adam", *(pytest.param(name, marks=pytest.mark.slow) for name in INNER if name != "adam")]
 CARRIES = ["keep", "reset", "reset_count", "rotate", "lift", "rotate-corrected"]
 RESIDUALS = {
     "drop": lro.residuals.drop(),
@@ -90,7 +94,7 @@ def bases(name, rank=R):
 # --- one basis --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ORTHONORMAL)
+@pytest.mark.parametrize("name", EACH_ORTHONORMAL)
 def test_down_after_up_is_the_identity_and_up_after_down_a_projection(name):
     projector = PROJECTORS[name]
     x = gradients()[0] + 0.1
@@ -105,7 +109,7 @@ def test_down_after_up_is_the_identity_and_up_after_down_a_projection(name):
         np.testing.assert_allclose(high + rest, x, **EXACT)
 
 
-@pytest.mark.parametrize("name", ORTHONORMAL)
+@pytest.mark.parametrize("name", EACH_ORTHONORMAL)
 def test_overlap_is_down_after_up(name):
     projector = PROJECTORS[name]
     old, new = bases(name)[1:3]
@@ -171,14 +175,14 @@ def test_gradient_descent_at_full_rank_is_gradient_descent(name, transposed):
     np.testing.assert_allclose(updates, grads, **EXACT)
 
 
-@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("inner", EACH_INNER)
 def test_all_rows_are_the_inner_transformation_itself(inner):
     updates, _ = run(lro.subspace(INNER[inner], P.rows(), rank=6, refresh=2), gradients())
     expected, _ = run(INNER[inner], gradients())
     np.testing.assert_allclose(updates, expected, **EXACT)
 
 
-@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("inner", EACH_INNER)
 def test_full_rank_is_the_inner_transformation_on_the_rotated_problem(inner):
     Q = jnp.linalg.qr(jax.random.normal(jax.random.key(5), (6, 6), jnp.float64))[0]
     tx = lro.subspace(INNER[inner], P.Projector(lambda stored, at: Q), rank=6, refresh=2)
@@ -197,7 +201,7 @@ def test_error_feedback_telescopes(name):
 
 
 @pytest.mark.parametrize("rule", ["keep", "rotate"])
-@pytest.mark.parametrize("inner", ["adam", *(pytest.param(n, marks=pytest.mark.slow) for n in INNER if n != "adam")])
+@pytest.mark.parametrize("inner", EACH_INNER)
 def test_signs_of_vectors_change_nothing(inner, rule):
     """Each vector of the first basis may point the other way: the later ones follow, and moments with them."""
     signs = jnp.array([1.0, -1.0, -1.0])
@@ -264,10 +268,20 @@ def test_the_sides_of_a_matrix():
     np.testing.assert_allclose(both[0], expected, atol=1e-6)
 
 
+def test_as_many_groups_as_rows():
+    """The scales of four-bit numbers then have the shape of a basis of one vector, and are none."""
+    tx = lro.galore(1.0, 4, refresh=2, basis_dtype=lro.projected.int4(4))
+    updates, states = run(tx, gradients())
+    assert optax.tree.get(states, "basis").scale.shape[1:] == (6, 1)
+    assert np.linalg.matrix_rank(np.asarray(updates[0]), tol=1e-6) == 4
+
+
 def test_stored_in_fewer_bits():
     """A basis in bfloat16 loses three digits, one in four bits a tenth; both train, and int4 halves bytes of bytes."""
     exact, _ = run(lro.subspace(optax.identity(), P.svd(), rank=R, refresh=2), gradients())
-    for dtype, tolerance in ((jnp.bfloat16, 0.02), (lro.projected.int4(4), 0.3)):
+    # A group of six makes as many scales as there are vectors.
+    cases = [(jnp.bfloat16, 0.02), *((lro.projected.int4(group), 0.3) for group in (6, 2, 4))]
+    for dtype, tolerance in cases:
         tx = lro.subspace(optax.identity(), P.svd(), rank=R, refresh=2, basis_dtype=dtype)
         rounded, states = run(tx, gradients())
         assert 0 < np.max(np.abs(rounded - exact)) < tolerance * np.max(np.abs(exact))

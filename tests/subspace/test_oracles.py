@@ -48,7 +48,8 @@ def random_basis(state):
     return np.asarray(lro.projectors.gaussian().basis(stored, jnp.zeros((6, 9)), R))
 
 
-transposed = pytest.mark.parametrize("transposed", [False, True], ids=["wide", "tall"])
+tall = pytest.param(True, marks=pytest.mark.slow, id="tall")
+transposed = pytest.mark.parametrize("transposed", [pytest.param(False, id="wide"), tall])
 
 
 @transposed

@@ -201,6 +201,8 @@ def test_misuse_is_refused_by_name():
             lro.subspace(adam, **{"projector": svd, "rank": 2, **options}).init(params)
     with pytest.warns(UserWarning, match="projects none of the 1 matrices"):
         lro.subspace(adam, svd, rank=2).init({"weight": kernel})
+    with pytest.warns(UserWarning, match="the rank 7 fits none"):
+        lro.subspace(adam, svd, rank=7).init({"kernel": kernel})
     tx = lro.subspace(adam, svd, rank=2)
     with pytest.raises(ValueError, match="does not belong to these parameters"):
         tx.update({"b": {"kernel": kernel}}, tx.init({"kernel": kernel}))
