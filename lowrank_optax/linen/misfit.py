@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import errors
 
-from lowrank_optax import lowrank
+from lowrank_optax import blocks, factors, lowrank
 from lowrank_optax.axes import Axes
 from lowrank_optax.boxes import unboxed
 from lowrank_optax.linen.where import declarations
@@ -23,6 +23,7 @@ _ADVICE = (
 )
 # Products whose errors concern shapes of activations, in modules written for LowRank parameters.
 _PRODUCTS = {"matmul", "dot_general"}
+_FILES = {module.__file__ for module in (factors, lowrank, blocks)}
 
 
 class LayerError(TypeError):
@@ -65,7 +66,7 @@ def _about_factors(error: Exception, module: Any, kernels: Mapping[str, Any]) ->
     while at is not None and at.tb_next is not None:
         at = at.tb_next
     code = None if at is None else at.tb_frame.f_code
-    return code is not None and code.co_filename == lowrank.__file__ and code.co_name not in _PRODUCTS
+    return code is not None and code.co_filename in _FILES and code.co_name not in _PRODUCTS
 
 
 def refuse_normalized(module: Any) -> None:
