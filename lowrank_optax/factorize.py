@@ -47,7 +47,8 @@ def factorize(
       budget: in place of `rank`, the share in (0, 1) of the model's parameters that is left, e.g. 0.3. All leaves of
         `params` count, embeddings too, and a kernel counts `r (m + n + r)` numbers. All kernels get about the same
         fraction of `min(m, n)` as rank, 4 at least; one whose factors would not be smaller stays dense. The result
-        has the largest ranks that do not exceed the budget; `summary` shows it.
+        has the largest ranks that do not exceed the budget; `summary` shows it. With `blocks` of a fixed number it
+        may stay well below, because the ranks of blocks are whole numbers; with "rank" or "auto" it comes close.
       max_rank: width of the factors, of the same forms, for ranks that may grow. `galerkin` needs at least `2 rank`
         for its augmented bases. Cut to `min(m, n)`. Default: `rank`.
       where: callable of the path (`"block/dense/kernel"`) and the dense shape that returns False to leave a
@@ -56,11 +57,11 @@ def factorize(
       scale: factor on the singular values. 1 keeps the function of a trained model. Training from scratch reaches a
         lower loss from about 0.2: a step h turns a pair of singular vectors by about h / sigma, so small singular
         values leave random initial directions sooner (RESULTS.md, pre-training).
-      blocks: cuts every kernel into a grid: b for b x b blocks, (b, c) for b rows and c columns of blocks, "auto" for
-        b = min(m, n) / `rank`, the least b at which W can have full rank, or a callable of path and dense shape that
-        returns one of them or None. `rank` keeps its meaning for the number of parameters: a block gets rank
-        `rank / b`, rounded, at least 1. An axis shorter than b gets as many blocks as it has entries; of an axis that b
-        does not divide the last block is smaller. Default: one block.
+      blocks: cuts every kernel into a grid: b for b x b blocks; (b, c) for b rows and c columns of blocks; "auto" for
+        b = min(m, n) / `rank`, the least b at which W can have full rank; "rank" for b = `rank`, so that every block
+        has rank 1; or a callable of path and dense shape that returns one of them or None. `rank` keeps its meaning
+        for the number of parameters: a block gets rank `rank / b`, rounded, at least 1. An axis shorter than b gets as
+        many blocks as it has entries; of an axis that b does not divide the last block is smaller. Default: one block.
 
     Returns:
       The tree with `LowRank` nodes, in the dtype of the parameters. A kernel in a box of Flax (`nn.with_partitioning`,
@@ -82,11 +83,11 @@ def factorize(
     refuse_nnx(params, "factorize", "lowrank_optax.nnx.factorize(model, rank)")
     check_where(where)
     check_number("scale", scale)
-    check_rank_or_budget(rank, budget, max_rank, blocks)
+    check_rank_or_budget(rank, budget, max_rank)
     if rank is None:
         leaves = jax.tree_util.tree_leaves_with_path(unboxed(params)[0], is_leaf=is_lowrank)
         parameters = {path_name(path): x for path, x in leaves}
-        rank, where = at_budget(float(budget or 0.0), parameters, _kernel_axes(parameters, where))
+        rank, where = at_budget(float(budget or 0.0), parameters, _kernel_axes(parameters, where), blocks)
     seen: list[tuple[str, tuple[int, ...]]] = []
     chosen = 0
 

@@ -35,6 +35,11 @@ class Grid(NamedTuple):
         wanted = round(rank * (m + n) / (self.columns * m + self.rows * n))
         return max(1, min(wanted, rows, columns))
 
+    def parameters(self, width: int, shape: tuple[int, ...], axes: Axes) -> int:
+        """The number of entries of U, S and V of one kernel whose blocks have rank `width`."""
+        m, n = matrix_shape(shape, axes)
+        return width * (self.columns * m + self.rows * n + self.rows * self.columns * width)
+
     def least_block(self, shape: tuple[int, ...], axes: Axes) -> tuple[int, int]:
         """The numbers of rows and columns of the smallest block, the last one."""
         inputs, outputs = shape[axes.batch : axes.batch + axes.inputs], shape[axes.batch + axes.inputs :]
@@ -53,11 +58,14 @@ def grid_of(blocks: Blocks | None, rank: int, name: str, shape: tuple[int, ...],
         return Grid(1, 1)
     if value == "auto":
         value = -(-min(matrix_shape(shape, axes)) // rank)
+    if value == "rank":
+        value = rank
     pair = value if isinstance(value, tuple) else (value, value)
     if len(pair) != 2 or not all(isinstance(x, numbers.Integral) and not isinstance(x, bool) for x in pair):
         raise TypeError(
             'blocks takes a number b for a grid of b x b blocks, a pair (b, c), "auto" for the fewest blocks of full '
-            f"rank, or a callable of path and dense shape that returns one of them; got {value!r} for {name!r}"
+            'rank, "rank" for blocks of rank 1, or a callable of path and dense shape that returns one of them; '
+            f"got {value!r} for {name!r}"
         )
     if min(pair) < 1:
         raise ValueError(f"a grid has at least one row and one column of blocks, got {value} for {name!r}")

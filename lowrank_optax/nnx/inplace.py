@@ -68,10 +68,10 @@ def factorize(
     if not any(True for _ in nnx.iter_modules(model)):
         raise TypeError(f"nnx.factorize changes an nnx module in place, got {type(model).__name__}")
     check_where(where)
-    check_rank_or_budget(rank, budget, max_rank, blocks)
+    check_rank_or_budget(rank, budget, max_rank)
     found = parameters(model)
     if rank is None:
-        rank, where = at_budget(float(budget or 0.0), dict(counted(model)), _kernel_axes(found, where))
+        rank, where = at_budget(float(budget or 0.0), dict(counted(model)), _kernel_axes(found, where), blocks)
     axes: dict[str, Axes] = {}
     reasons: dict[str, str] = {}
     for name, parameter in found.items():

@@ -111,6 +111,7 @@ def test_an_identity_has_full_rank_in_as_many_parameters_as_rank_r() -> None:
         ((64, 256), 8, (4, 8), (4, 8), 2),  # s (8 * 64 + 4 * 256) is closest to 8 * 320 for s = 2
         ((64, 6), 4, 8, (8, 6), 1),  # six outputs make six columns
         ((64, 64), 8, "auto", (8, 8), 1),
+        ((64, 64), 6, "rank", (6, 6), 1),
         ((10, 12), 4, 4, (4, 4), 1),  # 10 inputs in parts of 3, 3, 3 and 1
         ((9, 9), 3, 4, (3, 3), 1),  # parts of 3 leave no fourth
     ],
@@ -130,9 +131,17 @@ def test_bad_grids_are_refused(blocks: Any) -> None:
         lro.factorize({"kernel": jnp.eye(8)}, 2, blocks=blocks)
 
 
-def test_a_budget_does_not_choose_grids() -> None:
-    with pytest.raises(TypeError, match="blocks with rank"):
-        lro.factorize({"kernel": jnp.eye(8)}, budget=0.5, blocks=2)
+@pytest.mark.parametrize("budget", [0.5, 0.7])
+@pytest.mark.parametrize("blocks", [4, (8, 2), "auto", "rank", lambda path, shape: 8 if "up" in path else None])
+def test_a_budget_is_never_exceeded(blocks: Any, budget: float) -> None:
+    shapes = {"embedding": (40, 48), "up/kernel": (48, 144), "down/kernel": (144, 48), "conv/kernel": (3, 3, 20, 50)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    dense = sum(x.size for x in params.values())
+    out = jax.eval_shape(lambda p: lro.factorize(p, budget=budget, blocks=blocks), params)
+    after = sum(x.size for x in jax.tree.leaves(out))
+    # A kernel in 4 x 4 blocks has few sizes, one for each rank of its blocks.
+    assert (0.75 if isinstance(blocks, int | tuple) else 0.95) * budget * dense <= after <= budget * dense
+    assert isinstance(out["up/kernel"], lro.BlockLowRank)
 
 
 def test_one_block_and_none_are_the_plain_form() -> None:
