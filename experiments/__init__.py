@@ -1,1 +1,1 @@
-"""Runnable experiments: `python -m experiments.pretrain --help`."""
+"""Runnable experiments: `python -m experiments pretrain --help`."""

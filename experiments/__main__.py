@@ -1,15 +1,29 @@
-"""`python -m experiments COMMAND ...`: the experiments by name, `sweep` and `report`."""
+"""`python -m experiments COMMAND ...`: the experiments by name, and tools for their runs."""
 
 import importlib
 import sys
 
-COMMANDS = ("pretrain", "vision", "matrix", "finetune", "sweep", "report", "faults")
+COMMANDS = {
+    "pretrain": "a small GPT on bytes of text, from scratch",
+    "vision": "a transformer or convolutions on images",
+    "finetune": "a pretrained MiniLM on short texts",
+    "matrix": "ill-conditioned matrices with known answers",
+    "sweep": "search the step sizes of methods, and repeat the best with more seeds",
+    "report": "write the tables and pictures of RESULTS.md from results/",
+    "faults": "kill runs and damage their checkpoints, and see whether they go on",
+}
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        sys.exit(f"usage: python -m experiments {{{','.join(COMMANDS)}}} ... (--help after one of them says more)")
-    importlib.import_module(f"experiments.{sys.argv[1]}").main(sys.argv[2:])
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in COMMANDS:
+        importlib.import_module(f"experiments.{name}").main(sys.argv[2:])
+        return
+    lines = "\n".join(f"  {command:<10}{text}" for command, text in COMMANDS.items())
+    help_text = f"usage: python -m experiments COMMAND [flags]\n\n{lines}\n\nCOMMAND --help says more."
+    if name not in ("-h", "--help"):
+        sys.exit(f"{name}: no such command, choose from {', '.join(COMMANDS)}")
+    print(help_text)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import sys
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,13 @@ from typing import Any, ClassVar
 
 from experiments.names import DEFAULT_GEOMETRY, GEOMETRIES, LEARNING_RATES
 from experiments.task import Task
+
+GROUPS = {  # of flags in --help; all others are of the model and its data
+    "methods": "method rank max_rank blocks geometry retraction local_steps init_scale dense_scale",
+    "ranks that change": "tolerance budget resize_every bucket",
+    "training": "steps batch lr lr_others weight_decay seed",
+    "records": "eval_every log_every save_every",
+}
 
 
 class ConfigError(Exception):
@@ -32,8 +40,9 @@ class Config:
     name: ClassVar[str]
     smoke: ClassVar[Mapping[str, Any]] = {"steps": 6, "eval_every": 3, "log_every": 1, "save_every": 3}
     tuned: ClassVar[Mapping[str, float]] = {}  # the step size of each method, where it was searched for
+    next_runs: ClassVar[Mapping[str, str]] = {}  # what else is worth a look after the default run, and its flags
 
-    method: str = option("full,lowrank_adam", f"one or several, separated by commas, of: {', '.join(LEARNING_RATES)}")
+    method: str = option("full,lowrank_adam", "one or several of those below, separated by commas")
     steps: int = option(300, "training steps; the learning-rate schedule ends with them")
     batch: int = option(24, "examples a step")
     rank: int = option(16, "rank of every factored kernel, at most")
@@ -45,9 +54,9 @@ class Config:
     budget: int = option(0, "parameters that all kernels of lowrank_* may have together; 0 keeps the ranks")
     resize_every: int = option(0, "steps between fits of the factors' width to the ranks of lowrank_*; 0 keeps it")
     bucket: int = option(8, "the widths that factors are fitted to are multiples of this")
-    geometry: str = option("", f"of lowrank_*: {', '.join(GEOMETRIES)}; empty is the method's own", "", *GEOMETRIES)
+    geometry: str = option("", "of lowrank_*; empty is the method's own", "", *GEOMETRIES)
     local_steps: int = option(1, "steps with frozen bases in a loop of --geometry galerkin")
-    retraction: str = option("svd", "of --geometry tangent and coefficient: svd or bug", "svd", "bug")
+    retraction: str = option("svd", "of --geometry tangent and coefficient", "svd", "bug")
     lr: float = option(0.0, "peak step size of the factored kernels; 0 is the method's tuned one")
     lr_others: float = option(3e-3, "peak step size of AdamW for all other parameters")
     weight_decay: float = option(0.01, "decoupled weight decay")
@@ -129,27 +138,12 @@ class Session:
     resume: bool = False
     overwrite: bool = False
     stop_at: int | None = None
+    tensorboard: bool = False
 
 
 def parse(cls: type[Config], argv: Sequence[str] | None = None) -> tuple[Config, Session]:
     """Flags over `--smoke` over the run that `--resume` continues over the defaults."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m experiments.{cls.name}",
-        description=(typing.cast(str, cls.__doc__)).splitlines()[0],
-    )
-    for field in dataclasses.fields(cls):
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=typing.cast(Any, field.type),
-            default=argparse.SUPPRESS,
-            help=f"{field.metadata['help']} (default: {field.default!r})",
-        )
-    parser.add_argument("--out", type=Path, help=f"default: the first new runs/{cls.name}, runs/{cls.name}-2, ...")
-    parser.add_argument("--smoke", action="store_true", help="a few steps of a minute model")
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="continue the run in --out")
-    again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    parser.add_argument("--stop-at", type=int, metavar="STEP", help="save and leave at this step")
+    parser = _parser(cls)
     flags = vars(parser.parse_args(argv))
     smoke = cls.smoke if flags.pop("smoke") else {}
     flags["out"] = flags["out"] or _default_folder("smoke" if smoke else cls.name, flags["resume"])
@@ -168,6 +162,39 @@ def parse(cls: type[Config], argv: Sequence[str] | None = None) -> tuple[Config,
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} {value}: {session.out} was started with {before.get(name)}")
     return cls(**before), session
+
+
+def _parser(cls: type[Config]) -> argparse.ArgumentParser:
+    """A flag for every setting, in groups; a setting that is not given stays absent."""
+    from experiments import methods  # which import this module
+
+    parser = argparse.ArgumentParser(
+        prog=f"python -m experiments {cls.name}",
+        usage="%(prog)s [flags]",
+        description=sys.modules[cls.__module__].__doc__,
+        epilog=f"methods:\n{(methods.__doc__ or '').partition('.')[2].strip(chr(10))}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    titles = {name: title for title, names in GROUPS.items() for name in names.split()}
+    groups = {title: parser.add_argument_group(title) for title in ("model and data", *GROUPS)}
+    for field in dataclasses.fields(cls):
+        choices = list(filter(None, field.metadata["choices"]))
+        groups[titles.get(field.name, "model and data")].add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=typing.cast(Any, field.type),
+            default=argparse.SUPPRESS,
+            metavar=f"{{{','.join(choices)}}}" if choices else typing.cast(Any, field.type).__name__.upper(),
+            help=f"{field.metadata['help']} (default: {field.default!r})",
+        )
+    own = parser.add_argument_group("this run")
+    own.add_argument("--out", type=Path, help=f"default: the first new runs/{cls.name}, runs/{cls.name}-2, ...")
+    own.add_argument("--smoke", action="store_true", help="a few steps of a minute model")
+    again = own.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue the run in --out")
+    again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    own.add_argument("--stop-at", type=int, metavar="STEP", help="save and leave at this step")
+    own.add_argument("--tensorboard", action="store_true", help="also write event files, to tensorboard/ in --out")
+    return parser
 
 
 def _default_folder(name: str, resume: bool) -> Path:

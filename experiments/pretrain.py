@@ -1,12 +1,12 @@
 """Pre-train a byte-level GPT with full and with low-rank kernels, and compare them.
 
-    python -m experiments.pretrain                  # the demo: five methods, four minutes on two cores
-    python -m experiments.pretrain --smoke          # seconds, for tests
-    python -m experiments.pretrain --method lowrank_muon --rank 32 --data my_text/ --out runs/mine
-    python -m experiments.pretrain --d 768 --layers 12 --heads 12 --context 1024 --dtype bfloat16 --rank 96
+    python -m experiments pretrain                  # the demo: five methods, five minutes on two cores
+    python -m experiments pretrain --smoke          # seconds, for tests
+    python -m experiments pretrain --method lowrank_muon --rank 32 --data my_text/ --out runs/mine
+    python -m experiments pretrain --d 768 --layers 12 --heads 12 --context 1024 --dtype bfloat16 --rank 96
 
 The last is the size of GPT-2 and wants a GPU. Ctrl-C saves after the current step; `--resume` continues to the bit.
-Expect low-rank methods between `full` and the other factored ones.
+Expect low-rank methods between dense ones and `factors`.
 """
 
 import dataclasses
@@ -28,6 +28,10 @@ class Pretrain(Config):
     """Pre-train a byte-level GPT with full and low-rank kernels and compare them."""
 
     name: ClassVar[str] = "pretrain"
+    next_runs: ClassVar[Mapping[str, str]] = {
+        "a dense model of as many parameters": "--method full,full_muon --d 64",
+        "grids of blocks, as many parameters again": "--method lowrank_adam --blocks 16 --init-scale 0.5 --lr 0.012",
+    }
     # The best of a grid of factors of two, by the validation loss of the demo on seed 0: results/pretrain.jsonl.
     tuned: ClassVar[Mapping[str, float]] = {
         "full": 3e-3,
@@ -55,7 +59,7 @@ class Pretrain(Config):
         "eval_windows": 8,
     }
 
-    method: str = shared("method", "full,lora,naive,lowrank_adam,lowrank_muon")
+    method: str = shared("method", "full,full_muon,factors,lowrank_adam,lowrank_muon")
     init_scale: float = shared("init_scale", 0.2)
     context: int = option(64, "bytes a window")
     data: str = option("", "text file or folder; empty is the standard library's *.py files")

@@ -27,9 +27,11 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments import metrics
-from experiments.config import parse
+from experiments.config import ConfigError, parse
 from experiments.names import LEARNING_RATES
+from experiments.task import DataError
 
+EXPERIMENTS = ("pretrain", "vision", "matrix", "finetune")
 NOT_SETTINGS = {"eval_every", "log_every", "save_every"}  # they change no number
 DIVERGED = math.inf
 
@@ -155,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     own, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(prog="python -m experiments sweep", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("experiment")
+    parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--method", nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
@@ -163,13 +165,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--fixed", action="store_true", help="take the first step size and do not search")
     parser.add_argument("--out", type=Path, help="default: results/<experiment>.jsonl")
     args = parser.parse_args(own)
+    names = [name.split(":")[0] for name in args.method]
+    if unknown := [name for name in names if name not in LEARNING_RATES]:
+        sys.exit(f"--method {unknown[0]}: choose from {', '.join(LEARNING_RATES)}")
+    if unfit := [name for name in args.method if not all("=" in pair for pair in name.split(":")[1:])]:
+        sys.exit(f"--method {unfit[0]}: after a method come settings as :name=value")
     store = Store(args.out or Path("results") / f"{args.experiment}.jsonl")
     sweep = Sweep(args.experiment, flags, store, args.pin, args.fixed)
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         futures = [pool.submit(sweep.search, label, args.seeds) for label in args.method]
         with tqdm(total=len(futures), unit="method") as bar:
             for future in concurrent.futures.as_completed(futures):
-                bar.write(future.result())
+                try:
+                    bar.write(future.result())
+                except (ConfigError, DataError, RuntimeError) as error:
+                    sys.exit(str(error))
                 bar.update()
 
 

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from flax.training.train_state import TrainState
 from tqdm import tqdm
 
 import lowrank_optax as lro
-from experiments import methods, metrics, table
+from experiments import methods, metrics, table, timing
 from experiments.config import Config, ConfigError, Session, parse
 from experiments.task import Batch, DataError, Params, Task
 
@@ -117,13 +118,15 @@ def train(config: Config, session: Session, name: str, interrupted: Callable[[],
     with ocp.CheckpointManager(folder, options=options) as manager:
         state = restore(manager, state)
         start = int(state.step)
-        log_file = metrics.Metrics(session.out / f"{name}.jsonl", header, start)
+        events = session.out / "tensorboard" / name if session.tensorboard else None
+        log_file = metrics.Metrics(session.out / f"{name}.jsonl", header, start, events)
         bar = tqdm(
             desc=f"{name:<18}",
             total=config.steps,
             initial=start,
             unit="step",
             mininterval=0.1 if sys.stderr.isatty() else 30,
+            postfix="compiling",
         )
         with log_file, bar:
             if start == 0:
@@ -133,6 +136,10 @@ def train(config: Config, session: Session, name: str, interrupted: Callable[[],
             clock, since = None, start  # no clock before the first step has compiled
             for step in range(start + 1, last + 1):
                 state, loss = train_step(task.loss, state, task.batch(config.seed, step))
+                if clock is None:
+                    jax.block_until_ready(state)
+                    bar.set_postfix_str("", refresh=False)
+                    bar.unpause()  # speed and remaining time count from the second step
                 bar.update()
 
                 if config.resize_every and step % config.resize_every == 0:
@@ -223,16 +230,43 @@ def run(config: Config, session: Session) -> None:
         for name in methods.METHODS:
             shutil.rmtree(session.out / "checkpoints" / name, ignore_errors=True)
             (session.out / f"{name}.jsonl").unlink(missing_ok=True)
+        (session.out / table.TIMES).unlink(missing_ok=True)
     session.out.mkdir(parents=True, exist_ok=True)
     metrics.replace(session.out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     print(task.data)
     with interruptible() as interrupted:
         for name in config.methods:
             if not train(config, session, name, interrupted):
-                resume = f"python -m experiments.{config.name} --resume --out {session.out}"
-                print(f"stopped and saved; to go on: {resume}", file=sys.stderr)
+                again = f"{python()} -m experiments {config.name} --resume --out {session.out}"
+                print(f"stopped and saved; to go on: {again}", file=sys.stderr)
                 sys.exit(INTERRUPTED)
+    time_steps(config, session)
     table.write(session.out)
+    if config == type(config)():
+        for what, flags in config.next_runs.items():
+            print(f"next, {what}:\n  {python()} -m experiments {config.name} {flags}")
+
+
+def time_steps(config: Config, session: Session) -> None:
+    """Times the methods in turns; one method alone, or one whose width changes, keeps the times of its training."""
+    path = session.out / table.TIMES
+    if len(config.methods) == 1 or config.resize_every or path.exists():
+        return
+    print("timing the methods in turns")
+    task = load(config)
+
+    def step(state: TrainState, i: int) -> TrainState:
+        return train_step(task.loss, state, task.batch(config.seed, i))[0]
+
+    states = {name: create_state(config, name) for name in config.methods}
+    times = timing.in_turns(dict.fromkeys(states, step), states)
+    metrics.replace(path, json.dumps(times))
+
+
+def python() -> str:
+    """This interpreter, as one types it here."""
+    executable = Path(sys.executable)
+    return str(executable.relative_to(Path.cwd()) if executable.is_relative_to(Path.cwd()) else executable)
 
 
 def main(cls: type[Config], argv: Sequence[str] | None = None) -> None:

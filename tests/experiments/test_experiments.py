@@ -2,7 +2,11 @@
 
 import functools
 import json
+import re
+import shlex
+import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 import lowrank_optax as lro
-from experiments import kernels, metrics, pretrain, table, text
+from experiments import __main__ as command_line
+from experiments import kernels, metrics, pretrain, table, text, timing
 from experiments.methods import METHODS
 from experiments.names import DEFAULT_GEOMETRY, LEARNING_RATES
 
@@ -92,6 +97,34 @@ def test_every_method_trains(name: str, finished: Callable[[str], Path]) -> None
     assert ranks == (set() if name in DENSE else {4.0})
 
 
+@pytest.mark.slow
+def test_a_run_of_two_methods_ends_with_times_in_turns_and_a_sentence(
+    tmp_path: Path, book: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    smoke(tmp_path, book, "--method", "full,lowrank_adam", "--save-every", "0")
+    times = json.loads((tmp_path / table.TIMES).read_text())
+    assert set(times) == {"full", "lowrank_adam"}
+    printed = capsys.readouterr().out
+    assert f"{times['lowrank_adam']:.1f} ({times['lowrank_adam'] / times['full']:.2f})" in printed
+    assert "lowrank_adam ends" in printed and "compiling" not in printed
+
+
+def test_event_files_hold_the_numbers_of_the_records(tmp_path: Path) -> None:
+    from tensorboardX.proto import event_pb2
+
+    with metrics.Metrics(tmp_path / "full.jsonl", {"steps": 9}, 0, tmp_path / "events") as file:
+        file.write(step=3, loss=2.5, note="text")
+        file.write(step=4, loss=1.25, spectrum=[1.0])
+    (path,) = (tmp_path / "events").iterdir()
+    data, found = path.read_bytes(), []
+    while data:  # length, its checksum, the event, its checksum
+        size = int.from_bytes(data[:8], "little")
+        event = event_pb2.Event.FromString(data[12 : 12 + size])
+        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        data = data[16 + size :]
+    assert found == [(3, "loss", 2.5), (4, "loss", 1.25)]
+
+
 def test_every_method_has_a_step_size_and_on_the_manifold_a_geometry() -> None:
     assert list(METHODS) == list(LEARNING_RATES)
     assert [name for name, method in METHODS.items() if method.on_manifold] == list(DEFAULT_GEOMETRY)
@@ -125,10 +158,12 @@ def test_ctrl_c_saves_and_resume_continues_to_the_bit(
         with pytest.raises(SystemExit) as stop:
             smoke(broken, book, "--method", "full")
     assert stop.value.code == 130
-    assert f"--resume --out {broken}" in capsys.readouterr().err
+    interpreter, *command = shlex.split(capsys.readouterr().err.rpartition("to go on: ")[2])
+    assert shutil.which(interpreter) and command[:2] == ["-m", "experiments"]
     assert records(broken, "full")[-1]["step"] == 4
 
-    pretrain.main(["--resume", "--out", str(broken)])
+    monkeypatch.setattr(sys, "argv", ["experiments", *command[2:]])
+    command_line.main()
     assert_same_run(straight, broken, "full")
     header, rows = metrics.read(broken / "full.jsonl")
     printed = capsys.readouterr().out
@@ -176,6 +211,28 @@ def test_misuse_is_one_line(flags: list[str], message: str, tmp_path: Path) -> N
     with pytest.raises(SystemExit) as stop:
         pretrain.main(["--smoke", "--out", str(tmp_path / "run"), *flags])
     assert message in str(stop.value.code) and "\n" not in str(stop.value.code)
+
+
+def test_help_has_groups_choices_examples_and_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        pretrain.main(["--help"])
+    text = capsys.readouterr().out
+    assert "python -m experiments pretrain --smoke" in text and "{balanced,tangent,coefficient,galerkin}" in text
+    assert all(f"\n{group}:" in text for group in ("model and data", "methods", "ranks that change", "training"))
+    assert all(name in text for name in LEARNING_RATES)
+
+
+def test_unknown_commands_and_sweeps_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments, message in (
+        (["nonsense"], "nonsense: no such command"),
+        (["sweep", "pretrain", "--method", "nope"], "--method nope: choose from full"),
+        (["sweep", "pretrain", "--method", "full:width"], "full:width: after a method come settings"),
+        (["sweep", "pretrain", "--method", "full:rank=999"], "--rank 999: at most the width"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["experiments", *arguments])
+        with pytest.raises(SystemExit, match=message) as stop:
+            command_line.main()
+        assert "\n" not in str(stop.value.code)
 
 
 def test_a_run_is_not_overwritten_by_accident(tmp_path: Path, book: Path) -> None:
@@ -248,8 +305,39 @@ def test_the_table_tells_finished_from_unfinished_and_diverged(tmp_path: Path) -
     for name, rows in runs.items():
         lines = [json.dumps(line) for line in (header, *rows)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    assert table.rows(table.load(tmp_path)) == [
-        ("full", "1,234,567", "890", "2.0", "1.750"),
-        ("lora", "1,234,567", "890", "4.0", "2.500 at step 10 of 20"),
-        ("lowrank_adam", "1,234,567", "890", "-", "diverged at step 10"),
+    shown = table.table(table.load(tmp_path), {"lowrank_adam": 3.0})
+    assert [re.split(r" {2,}", line.strip()) for line in shown.splitlines()[2:]] == [
+        ["full", "1,234,567 (1.00)", "890 (1.00)", "2.0 (1.00)", "1.750"],
+        ["lora", "1,234,567 (1.00)", "890 (1.00)", "4.0 (2.00)", "2.500 at step 10 of 20"],
+        ["lowrank_adam", "1,234,567 (1.00)", "890 (1.00)", "3.0 (1.50)", "diverged at step 10"],
     ]
+
+
+def test_the_closing_sentence_compares_the_best_low_rank_method_with_dense_adamw() -> None:
+    def of(parameters: int, loss: float) -> Any:
+        header = {"parameters": parameters, "state_bytes": 2 * parameters, "steps": 9, "unit": "nats/byte"}
+        return header, [{"step": 9, "validation_loss": loss}]
+
+    runs = {"full": of(1000, 2.0), "lowrank_adam": of(500, 2.5), "lowrank_muon": of(250, 2.25)}
+    times = {"full": 10.0, "lowrank_muon": 7.5}
+    assert table.sentence(runs, times) == (
+        "lowrank_muon ends 0.250 nats/byte above dense AdamW, with 25% of its parameters, 25% of its optimizer "
+        "state, and 0.75 of its time a step."
+    )
+    assert "0.500 nats/byte below" in table.sentence({**runs, "lowrank_muon": of(250, 1.5)}, {})
+    assert table.sentence({"full": of(1000, 2.0)}, {}) == ""
+
+
+def test_methods_are_timed_in_turns() -> None:
+    order: list[str] = []
+
+    def step_of(name: str) -> Callable[[Any, int], Any]:
+        def step(state: Any, i: int) -> Any:
+            order.append(name)
+            return state + i
+
+        return step
+
+    times = timing.in_turns({name: step_of(name) for name in "ab"}, {"a": jnp.zeros(()), "b": jnp.zeros(())})
+    assert set(times) == {"a", "b"} and min(times.values()) >= 0
+    assert order == [*"a" * timing.STEPS, *"b" * timing.STEPS] * (timing.ROUNDS + 1)
