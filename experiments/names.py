@@ -35,3 +35,40 @@ DEFAULT_GEOMETRY: dict[str, str] = {
     "lowrank_heavy_ball": "tangent",
     "lowrank_muon": "balanced",
 }
+
+# The methods in words, for pictures.
+WORDS: dict[str, str] = {
+    "full": "dense AdamW",
+    "full_muon": "dense Muon",
+    "full_heavy_ball": "dense heavy ball",
+    "galore": "optax.contrib.galore",
+    "subspace_galore": "GaLore",
+    "fira": "Fira",
+    "apollo": "APOLLO",
+    "apollo_mini": "APOLLO-Mini",
+    "frugal": "FRUGAL",
+    "ldadam": "LDAdam",
+    "adarankgrad": "AdaRankGrad",
+    "lora": "LoRA, AdamW",
+    "lora_muon": "LoRA, Muon",
+    "factors": "plain A B, AdamW",
+    "factors_muon": "plain A B, Muon",
+    "factors_heavy_ball": "plain A B, heavy ball",
+    "naive": "plain U S V, AdamW",
+    "naive_heavy_ball": "plain U S V, heavy ball",
+    "lowrank_adam": "low-rank Adam",
+    "lowrank_heavy_ball": "low-rank heavy ball",
+    "lowrank_muon": "low-rank Muon",
+}
+
+
+def in_words(label: str) -> str:
+    """A method with settings, as `lowrank_adam:blocks=16`, in words, without step sizes and scales of the start."""
+    method, *settings = label.split(":")
+    words = {"blocks": "{0} x {0} blocks", "d": "width {0}", "geometry": "{0}", "max_rank": "at most {0} columns"}
+    pairs = [pair.split("=") for pair in settings]
+    rest = [words.get(name, f"{name.replace('_', ' ')} {{0}}").format(x) for name, x in pairs if name not in UNSEEN]
+    return ", ".join([WORDS.get(method, method), *rest])
+
+
+UNSEEN = ("lr", "init_scale", "dense_scale")

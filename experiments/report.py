@@ -4,13 +4,13 @@
 
 A block of RESULTS.md names the runs that it shows, and everything up to its end is written anew:
 
-    <!-- runs: pretrain steps=300 labels=full,lora,lowrank_adam show=table,curves -->
+    <!-- runs: pretrain steps=300 labels=full,factors,lowrank_adam show=table,curves title="A small GPT" -->
     <!-- end -->
 
-The words after the experiment choose runs by their settings; `labels` (default: all) chooses rows and their order;
-`show` is a list of `table`, `curves` (loss against steps), `ranks` (rank against steps), `spectra` (singular values
-of the kernels) and `budget` (loss against parameters). A method is shown at the step size that was best on the first
-seed, with all the seeds run there.
+The words after the experiment choose runs by their settings; `labels` (default: all) chooses rows and their order, and
+`lines` those of the pictures; `show` is a list of `table`, `curves` (loss against steps), `ranks` (rank against steps),
+`spectra` (singular values of the kernels), `budget` (loss against parameters) and `state` (loss against bytes of
+optimizer state). A method is shown at the step size that was best on the first seed, with all the seeds run there.
 """
 
 import argparse
@@ -19,19 +19,22 @@ import dataclasses
 import importlib
 import math
 import re
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.names import LEARNING_RATES
+from experiments.names import LEARNING_RATES, in_words
 from experiments.sweep import final, read
+from experiments.table import COLOURS
 
 BLOCK = re.compile(r"(<!-- runs: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
-# A method with this ending closes so much of the gap between these two. From scratch `lora` ends at the same loss under
-# any optimizer, because no gradient reaches its factors.
-REFERENCES = {"_muon": ("lora", "full_muon"), "_heavy_ball": None, "": ("lora", "full")}
+# A method with this ending closes so much of the gap between plain factors, or LoRA beside frozen kernels, and dense
+# training. From scratch `lora` is no reference: no gradient reaches its factors.
+REFERENCES = {"_muon": ("factors_muon", "full_muon"), "_heavy_ball": None, "": ("factors", "full")}
+ADAPTERS = {"_muon": ("lora_muon", "full_muon"), "": ("lora", "full")}
 
 Run = dict[str, Any]
 
@@ -106,17 +109,19 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _gap(row: Row, means: dict[str, float]) -> float | None:
-    """The share of the gap between LoRA's start and the full-rank run with the same optimizer inside."""
+    """The share of the gap between a plain factored form and the full-rank run with the same optimizer inside."""
     method = row.label.split(":")[0]
-    pair = next(value for ending, value in REFERENCES.items() if method.endswith(ending))
-    if pair is None or method in pair or not all(name in means for name in pair):
+    references = ADAPTERS if row.runs[0]["settings"].get("mode") == "adapter" else REFERENCES
+    pair = next(value for ending, value in references.items() if method.endswith(ending))
+    dead = method.startswith("lora") and references is REFERENCES
+    if pair is None or dead or method in pair or not all(name in means for name in pair):
         return None
     worst, best = (means[name] for name in pair)
     return (worst - row.mean) / (worst - best)
 
 
 def _named(row: Row, seeds: int) -> str:
-    return f"{row.label} ({seeds} seed{'s' * (seeds > 1)})"
+    return f"{in_words(row.label)} ({seeds} seed{'s' * (seeds > 1)})"
 
 
 def curves(axis: Any, rows: list[Row]) -> None:
@@ -130,8 +135,8 @@ def curves(axis: Any, rows: list[Row]) -> None:
         low, high = ([f(x) for x in zip(*whole, strict=True)] for f in (min, max))
         style = "-" if row.label.startswith("lowrank") else "--"
         middle = [statistics.mean(x) for x in zip(*whole, strict=True)]
-        axis.plot(steps, middle, style, color=f"C{i % 10}", label=_named(row, len(whole)))
-        axis.fill_between(steps, low, high, color=f"C{i % 10}", alpha=0.2, linewidth=0)
+        axis.plot(steps, middle, style, color=COLOURS[i % len(COLOURS)], label=_named(row, len(whole)))
+        axis.fill_between(steps, low, high, color=COLOURS[i % len(COLOURS)], alpha=0.2, linewidth=0)
         if max(middle) > 1e3 * min(middle):
             axis.set_yscale("log")
     axis.set(xlabel="training steps", ylabel=f"validation loss ({rows[0].runs[0]['unit']})")
@@ -143,7 +148,7 @@ def ranks(axis: Any, rows: list[Row]) -> None:
         for j, run in enumerate(row.runs):
             if "ranks" in run:
                 label = {"label": _named(row, len(row.runs))} if j == 0 else {}
-                axis.plot(*zip(*run["ranks"], strict=True), color=f"C{i % 10}", **label)
+                axis.plot(*zip(*run["ranks"], strict=True), color=COLOURS[i % len(COLOURS)], **label)
     axis.set(xlabel="training steps", ylabel="mean rank of the kernels")
 
 
@@ -152,25 +157,43 @@ def spectra(axis: Any, rows: list[Row]) -> None:
     for i, row in enumerate(rows):
         runs = [run for run in row.runs if run.get("spectra")]
         for (step, values), style in zip(runs[0]["spectra"] if runs else [], (":", "-"), strict=False):
-            label = {"label": row.label} if step else {}
-            axis.semilogy(range(1, len(values) + 1), values, style, color=f"C{i % 10}", **label)
+            label = {"label": in_words(row.label)} if step else {}
+            axis.semilogy(range(1, len(values) + 1), values, style, color=COLOURS[i % len(COLOURS)], **label)
     axis.set(xlabel="singular value, by size", ylabel="relative to the largest, mean of the kernels (dotted: start)")
 
 
 def budget(axis: Any, rows: list[Row]) -> None:
     """Validation loss against parameters: a line a method, a point a rank or a width."""
+    _against("parameters", "trained parameters", axis, rows)
+
+
+def state(axis: Any, rows: list[Row]) -> None:
+    """Validation loss against the bytes of optimizer state."""
+    _against("state_bytes", "optimizer state (bytes)", axis, rows)
+
+
+def _against(key: str, words: str, axis: Any, rows: list[Row]) -> None:
+    """Loss against a number of the runs. A form of kernels has one colour, dashed under Muon."""
     lines: dict[str, list[Row]] = collections.defaultdict(list)
     for row in rows:
         lines[re.sub(r":(rank|d|lr|init_scale)=[^:]+", "", row.label)].append(row)
-    for i, (label, points) in enumerate(lines.items()):
-        points.sort(key=lambda row: row.runs[0]["parameters"])
-        x = [row.runs[0]["parameters"] for row in points]
+    from matplotlib import ticker
+
+    forms = list(dict.fromkeys(label.replace("_muon", "").replace("_adam", "") for label in lines))
+    for label, points in lines.items():
+        colour = COLOURS[forms.index(label.replace("_muon", "").replace("_adam", "")) % len(COLOURS)]
+        points.sort(key=lambda row: row.runs[0][key])
+        x = [row.runs[0][key] for row in points]
         error = [statistics.stdev(row.losses) if len(row.losses) > 1 else 0 for row in points]
-        axis.errorbar(x, [row.mean for row in points], error, marker="o", capsize=3, color=f"C{i}", label=label)
-    axis.set(xlabel="trained parameters", ylabel=f"validation loss ({rows[0].runs[0]['unit']})", xscale="log")
+        style = {"linestyle": "--" if "_muon" in label else "-", "marker": "s" if "_muon" in label else "o"}
+        axis.errorbar(x, [row.mean for row in points], error, **style, capsize=3, color=colour, label=in_words(label))
+    axis.set(xlabel=words, ylabel=f"validation loss ({rows[0].runs[0]['unit']})", xscale="log")
+    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+    axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    axis.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-PICTURES = {"curves": curves, "ranks": ranks, "spectra": spectra, "budget": budget}
+PICTURES = {"curves": curves, "ranks": ranks, "spectra": spectra, "budget": budget, "state": state}
 
 
 def draw(kind: str, rows: list[Row], title: str, path: Path) -> None:
@@ -183,18 +206,19 @@ def draw(kind: str, rows: list[Row], title: str, path: Path) -> None:
     PICTURES[kind](axis, rows)
     axis.set_title(title)
     axis.grid(alpha=0.3)
-    longest = max((len(row.label) for row in rows), default=0)
-    figure.legend(loc=f"outside {'right' if longest < 45 else 'lower'} center", fontsize=8)
+    longest = max((len(in_words(row.label)) for row in rows), default=0)
+    figure.legend(loc=f"outside {'right' if longest < 45 else 'lower'} center", fontsize=9)
     figure.savefig(path, dpi=90, metadata={"Software": None})
     plt.close(figure)
 
 
 def block(words: str, folder: Path) -> str:
     """The text of a block of RESULTS.md, and its pictures as files."""
-    experiment, *pairs = words.split()
+    experiment, *pairs = shlex.split(words)
     options = dict(pair.split("=", 1) for pair in pairs)
-    labels = options.pop("labels", "")
+    labels, lines = options.pop("labels", ""), options.pop("lines", "")
     show = options.pop("show", "table").split(",")
+    heading = options.pop("title", "")
     path = folder / f"{experiment}.jsonl"
     if not path.exists():
         sys.exit(f"{path}: no such results")
@@ -204,14 +228,15 @@ def block(words: str, folder: Path) -> str:
     runs = [{**run, "settings": {**defaults, **run["settings"]}} for run in read(path)]
     rows = select(runs, options, labels.split(",") if labels else None)
     parts = []
-    title = " ".join([experiment, *(f"{k} {v}" for k, v in options.items())])
+    name = " ".join([experiment, *(f"{k} {v}" for k, v in options.items())])
+    drawn = [row for row in rows if row.label in lines.split(",")] if lines else rows
     for kind in show:
         if kind == "table":
             parts.append(table(rows))
         elif kind in PICTURES:
-            name = re.sub(r"[^\w.-]+", "-", f"{title} {kind}") + ".png"
-            draw(kind, rows, title, folder / name)
-            parts.append(f"![{title}: {kind}]({folder.name}/{name})")
+            file = re.sub(r"[^\w.-]+", "-", f"{heading or name} {kind}").lower() + ".png"
+            draw(kind, drawn, heading or name, folder / file)
+            parts.append(f"![{heading or name}]({folder.name}/{file})")
         else:
             sys.exit(f"show={kind}: choose from table, {', '.join(PICTURES)}")
     return "\n\n".join(parts)

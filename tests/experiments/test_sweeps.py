@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from experiments import report
+from experiments.names import LEARNING_RATES, WORDS, in_words
 from experiments.sweep import Store, Sweep, final, read
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +82,7 @@ def test_report_fills_its_blocks(tmp_path: Path) -> None:
     runs = [
         *(run("full", lr, 0, loss) for lr, loss in ((0.1, 2.0), (0.2, 1.0), (0.4, None))),
         run("full", 0.2, 1, 1.2),
-        run("lora", 0.1, 0, 3.1),
+        run("factors", 0.1, 0, 3.1),
         run("lowrank_adam:geometry=tangent", 0.1, 0, 1.6)
         | {"spectra": [[0, [1, 0.5]], [10, [1, 0.1]]], "ranks": [[1, 4.0], [10, 3.5]]},
     ]
@@ -91,7 +92,7 @@ def test_report_fills_its_blocks(tmp_path: Path) -> None:
     document = tmp_path / "RESULTS.md"
     document.write_text(
         "before\n<!-- runs: pretrain steps=10 show=table,curves,ranks,spectra -->\nold\n<!-- end -->\nbetween\n"
-        "<!-- runs: pretrain steps=10 labels=lora,full -->\n<!-- end -->\nafter\n"
+        "<!-- runs: pretrain steps=10 labels=factors,full -->\n<!-- end -->\nafter\n"
     )
     arguments = ["--document", str(document), "--results", str(results)]
     report.main(arguments)
@@ -103,9 +104,15 @@ def test_report_fills_its_blocks(tmp_path: Path) -> None:
     for kind in ("curves", "ranks", "spectra"):
         assert (results / f"pretrain-steps-10-{kind}.png").stat().st_size > 1000
     second = text[text.index("between") :]
-    assert second.index("`lora`") < second.index("`full`") and "tangent" not in second
+    assert second.index("`factors`") < second.index("`full`") and "tangent" not in second
     report.main(arguments)
     assert document.read_text() == text
+
+
+def test_labels_become_words() -> None:
+    assert in_words("lowrank_adam:blocks=16:rank=32:lr=0.012") == "low-rank Adam, 16 x 16 blocks, rank 32"
+    assert in_words("full:d=64:init_scale=0.5") == "dense AdamW, width 64"
+    assert set(WORDS) == set(LEARNING_RATES)
 
 
 def test_a_block_shows_the_runs_with_its_settings_alone(tmp_path: Path) -> None:
