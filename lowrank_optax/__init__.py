@@ -1,11 +1,10 @@
 """Low-rank training for JAX: kernels kept as U S V^T, and Optax transformations that move them on their manifold."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowrank_optax import geometry as geometry
 from lowrank_optax import manifold as manifold
-from lowrank_optax import projected as projected
 from lowrank_optax.average import incremental_update
 from lowrank_optax.axes import Axes
 from lowrank_optax.blocks import BlockLowRank
@@ -28,42 +27,78 @@ from lowrank_optax.optimizers import (
     lowrank_muon,
     scale_by_polar_factor,
 )
-from lowrank_optax.projected import (
-    SubspaceState,
-    adarankgrad,
-    apollo,
-    apollo_mini,
-    carry,
-    coap,
-    dct_adam,
-    dion,
-    fira,
-    flora,
-    frugal,
-    galore,
-    golore,
-    ldadam,
-    mofasgd,
-    online_subspace,
-    projectors,
-    q_galore,
-    refresh,
-    residuals,
-    snsm,
-    subspace,
-    subtrack,
-    sumo,
-    trion,
-)
 from lowrank_optax.rank import RankPolicy, Spectrum, budget, tolerance
 from lowrank_optax.resize import buckets, resize
 from lowrank_optax.sharding import partition_specs, state_specs
 from lowrank_optax.summary import Summary, summary
 
+if TYPE_CHECKING:
+    from lowrank_optax import projected as projected
+    from lowrank_optax.projected import (
+        SubspaceState,
+        adarankgrad,
+        apollo,
+        apollo_mini,
+        carry,
+        coap,
+        dct_adam,
+        dion,
+        fira,
+        flora,
+        frugal,
+        galore,
+        golore,
+        ldadam,
+        online_subspace,
+        projectors,
+        q_galore,
+        refresh,
+        residuals,
+        subspace,
+        subtrack,
+        sumo,
+        trion,
+    )
+    from lowrank_optax.projected.mofasgd import mofasgd
+    from lowrank_optax.projected.snsm import snsm
+
 __version__ = "0.1.0"
 
-# Modules that need Flax or Orbax, and names in them: imported when they are first used.
-_LAZY = {"adapters": "", "checkpoint": "", "export_lora": "export", "linen": "", "nnx": ""}
+# Modules that need Flax or Orbax or are large, and names in them: imported when they are first used.
+_LAZY = {
+    **dict.fromkeys(("adapters", "checkpoint", "linen", "nnx", "projected"), ""),
+    "export_lora": "export",
+    **dict.fromkeys(
+        (
+            "SubspaceState",
+            "adarankgrad",
+            "apollo",
+            "apollo_mini",
+            "carry",
+            "coap",
+            "dct_adam",
+            "dion",
+            "fira",
+            "flora",
+            "frugal",
+            "galore",
+            "golore",
+            "ldadam",
+            "mofasgd",
+            "online_subspace",
+            "projectors",
+            "q_galore",
+            "refresh",
+            "residuals",
+            "snsm",
+            "subspace",
+            "subtrack",
+            "sumo",
+            "trion",
+        ),
+        "projected",
+    ),
+}
 
 __all__ = [
     "Axes",
