@@ -113,7 +113,7 @@ class Sweep:
             defaults = {f.name: f.default for f in dataclasses.fields(config) if f.name in settings}
             found = self.store.find(settings, defaults)
             if found is None:
-                command = [sys.executable, "-m", f"experiments.{self.config.name}", *flags, "--out", folder]
+                command = [sys.executable, "-m", "experiments", self.config.name, *flags, "--out", folder]
                 done = subprocess.run(self._pinned() + command, capture_output=True, text=True)
                 if done.returncode:
                     raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
