@@ -19,7 +19,7 @@ class Model(nn.Module):
     @nn.compact
     def __call__(self, tokens):
         x = nn.Embed(256, 64)(tokens)
-        x = x + nn.SelfAttention(num_heads=4)(nn.LayerNorm()(x), mask=nn.make_causal_mask(tokens))
+        x = x + nn.MultiHeadDotProductAttention(num_heads=4)(nn.LayerNorm()(x), mask=nn.make_causal_mask(tokens))
         x = x + nn.Dense(64)(nn.gelu(nn.Dense(256)(nn.LayerNorm()(x))))
         return nn.Dense(256)(x)
 
