@@ -1,0 +1,44 @@
+"""The role of `names` between single backticks in docstrings: code, and a link where the name has a page."""
+
+import re
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.util.nodes import make_refnode
+
+PACKAGE = "lowrank_optax"
+
+
+def role(name, rawtext, text, lineno, inliner, options=None, content=()):
+    text = rawtext.strip("`").replace("\\\\", "\\") if rawtext.startswith("`") else text
+    literal = nodes.literal(text, text, classes=["py"])
+    env = inliner.document.settings.env
+    dotted = re.match(r"[A-Za-z_][\w.]*\w", text)
+    if not dotted:
+        return [literal], []
+    module = env.ref_context.get("py:module") or PACKAGE
+    ref = pending_xref("", literal, refdomain="py", reftype="name", reftarget=dotted[0], refmodule=module)
+    ref["refdoc"], ref["refwarn"] = env.docname, False
+    return [ref], []
+
+
+def resolve(app, env, node, contnode):
+    """Links `fixed_rank`, `lro.fixed_rank`, `linen.apply`, and names of the module that a page is about."""
+    if node.get("reftype") != "name":
+        return None
+    known = env.domaindata["py"]["objects"]
+    # Only a whole name is one: `init` and `x @ W` are not.
+    text = contnode.astext()
+    target = re.sub(rf"^(lro|{PACKAGE})\.", "", node["reftarget"])
+    if re.fullmatch(r"[\w.]+(\(.*\))?", text):
+        for full in (f"{node['refmodule']}.{target}", f"{PACKAGE}.{target}"):
+            if full in known and known[full].objtype != "module":
+                entry = known[full]
+                return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, full)
+    return contnode
+
+
+def setup(app):
+    app.add_role("name", role)
+    app.connect("missing-reference", resolve)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
