@@ -22,12 +22,13 @@ root_doc = "docs/index"
 include_patterns = [
     "docs/**",
     "notebooks/*.ipynb",
-    "benchmarks/README.md",
+    "benchmarks/**.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "RESULTS.md",
+    "tests/README.md",
 ]
-exclude_patterns = ["**/.*", ".*", "build", "dist", "docs/_*", "experiments", "lowrank_optax", "results", "runs", "tests"]
+exclude_patterns = ["**/.*", ".*", "build", "dist", "docs/_*", "experiments", "lowrank_optax", "results", "runs"]
 
 extensions = [
     "myst_nb",
@@ -42,6 +43,7 @@ extensions = [
 # Pages
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 4  # the anchors of GitHub
+suppress_warnings = ["toc.no_title"]  # benchmarks/results/bench.md is written by a program
 nb_execution_mode = "off"  # tests/experiments/test_notebooks.py runs the notebooks
 copybutton_prompt_text = ">>> "
 math_numfig = False
@@ -54,6 +56,7 @@ autodoc_typehints = "none"  # docstrings say what an argument is
 default_role = "name"  # `fixed_rank` in a docstring
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 napoleon_use_rtype = False
 # A colon in the first line of "Returns:" or of a property is a colon, with no type before it.
 GoogleDocstring._consume_returns_section = lambda self, preprocess_types=False: [
@@ -79,6 +82,7 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
     "home_page_in_toc": True,
+    "footer_content_items": ["copyright.html"],
     "navbar_start": [],
     "navbar_center": [],
     "navbar_end": [],

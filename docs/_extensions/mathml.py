@@ -11,8 +11,11 @@ def visit_math(self, node):
 
 
 def visit_displaymath(self, node):
-    self.body.append(self.starttag(node, "div", CLASS="math"))
-    self.body.append(convert(node.astext(), display="block"))
+    latex = node.astext()
+    if r"\\" in latex and r"\begin" not in latex:
+        latex = rf"\begin{{split}} {latex} \end{{split}}"  # lines that are aligned at &, as in LaTeX
+    self.body.append(self.starttag(node, "div", CLASS="formula"))
+    self.body.append(f'<div class="wide">{convert(latex, display="block")}</div>')
     if node["number"]:
         self.body.append(f'<span class="eqno">({get_node_equation_number(self, node)})')
         self.add_permalink_ref(node, "Link to this equation")

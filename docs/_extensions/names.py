@@ -1,9 +1,10 @@
-"""The role of `names` between single backticks in docstrings: code, and a link where the name has a page."""
+"""Code between backticks is a link where it is a public name: in docstrings any name, on pages `lro.something`."""
 
 import re
 
 from docutils import nodes
 from sphinx.addnodes import pending_xref
+from sphinx.domains.python import PyObject
 from sphinx.util.nodes import make_refnode
 
 PACKAGE = "lowrank_optax"
@@ -38,7 +39,29 @@ def resolve(app, env, node, contnode):
     return contnode
 
 
+def link_pages(app, doctree):
+    """Pages: `lro.fixed_rank`, and names of the package that are not ordinary words, such as `fixed_rank`."""
+    env = app.env
+    if not env.docname.startswith("docs/"):
+        return
+    for literal in list(doctree.findall(nodes.literal)):
+        text = literal.astext()
+        inside = (literal.parent, getattr(literal.parent, "parent", None))
+        if any(isinstance(node, nodes.reference | pending_xref | nodes.title) for node in inside):
+            continue
+        name = r"[A-Za-z_][\w.]*\w" if env.docname.startswith("docs/reference/") else r"lro\.\w[\w.]*\w|[a-z]+_\w+"
+        if dotted := re.match(name, text):
+            ref = pending_xref("", refdomain="py", reftype="name", reftarget=dotted[0], refmodule=PACKAGE)
+            ref["refdoc"], ref["refwarn"] = env.docname, False
+            literal.replace_self(ref)
+            ref += literal
+
+
 def setup(app):
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"
     app.add_role("name", role)
+    app.connect("doctree-read", link_pages)
     app.connect("missing-reference", resolve)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
