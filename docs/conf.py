@@ -52,6 +52,7 @@ html_math_renderer = "mathml"
 # Reference
 autosummary_generate = False
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # docstrings say what an argument is
 default_role = "name"  # `fixed_rank` in a docstring
 napoleon_numpy_docstring = False

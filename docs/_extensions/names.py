@@ -7,6 +7,8 @@ from sphinx.addnodes import pending_xref
 from sphinx.domains.python import PyObject
 from sphinx.util.nodes import make_refnode
 
+from lowrank_optax.guard import MOST_SKIPS
+
 PACKAGE = "lowrank_optax"
 
 
@@ -33,7 +35,8 @@ def resolve(app, env, node, contnode):
     target = re.sub(rf"^(lro|{PACKAGE})\.", "", node["reftarget"])
     if re.fullmatch(r"[\w.]+(\(.*\))?", text):
         for full in (f"{node['refmodule']}.{target}", f"{PACKAGE}.{target}"):
-            if full in known and known[full].objtype != "module":
+            # A bare `carry` is an argument, `lro.carry` is a module.
+            if full in known and (known[full].objtype != "module" or target != node["reftarget"]):
                 entry = known[full]
                 return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, full)
     return contnode
@@ -57,7 +60,16 @@ def link_pages(app, doctree):
             ref += literal
 
 
+def signature(app, what, name, obj, options, arguments, annotation):
+    """Constants of the package as their values."""
+    if arguments:
+        arguments = re.sub(r"\bBALANCED\b", "Balanced()", arguments)
+        arguments = re.sub(r"\bMOST_SKIPS\b", str(MOST_SKIPS), arguments)
+    return arguments, annotation
+
+
 def setup(app):
+    app.connect("autodoc-process-signature", signature)
     for field in PyObject.doc_field_types:
         if field.name == "variable":
             field.label = "Attributes"
