@@ -2,6 +2,7 @@
 
 import re
 
+import flax.nnx
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.domains.python import PyObject
@@ -10,6 +11,8 @@ from sphinx.util.nodes import make_refnode
 from lowrank_optax.guard import MOST_SKIPS
 
 PACKAGE = "lowrank_optax"
+# Names that are arguments more often than functions.
+ARGUMENTS = {"budget", "power", "rank", "scale"}
 
 
 def role(name, rawtext, text, lineno, inliner, options=None, content=()):
@@ -33,10 +36,12 @@ def resolve(app, env, node, contnode):
     # Only a whole name is one: `init` and `x @ W` are not.
     text = contnode.astext()
     target = re.sub(rf"^(lro|{PACKAGE})\.", "", node["reftarget"])
-    if re.fullmatch(r"[\w.]+(\(.*\))?", text):
+    of_flax = target.startswith("nnx.") and hasattr(flax.nnx, target.removeprefix("nnx.").split(".")[0])
+    bare = target == node["reftarget"]
+    if re.fullmatch(r"[\w.]+(\(.*\))?", text) and text not in ARGUMENTS and not (bare and of_flax):
         for full in (f"{node['refmodule']}.{target}", f"{PACKAGE}.{target}"):
             # A bare `carry` is an argument, `lro.carry` is a module.
-            if full in known and (known[full].objtype != "module" or target != node["reftarget"]):
+            if full in known and (known[full].objtype != "module" or not bare):
                 entry = known[full]
                 return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, full)
     return contnode
