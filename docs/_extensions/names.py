@@ -8,11 +8,13 @@ from sphinx.addnodes import pending_xref
 from sphinx.domains.python import PyObject
 from sphinx.util.nodes import make_refnode
 
+import lowrank_optax
 from lowrank_optax.guard import MOST_SKIPS
 
 PACKAGE = "lowrank_optax"
 # Names that are arguments more often than functions.
 ARGUMENTS = {"budget", "power", "rank", "scale"}
+NAMES = set(lowrank_optax.__all__) - ARGUMENTS - {"checkpoint", "einsum", "ranks", "resize", "subspace", "summary"}
 
 
 def role(name, rawtext, text, lineno, inliner, options=None, content=()):
@@ -48,7 +50,7 @@ def resolve(app, env, node, contnode):
 
 
 def link_pages(app, doctree):
-    """Pages: `lro.fixed_rank`, and names of the package that are not ordinary words, such as `fixed_rank`."""
+    """Pages: `lro.fixed_rank`, and `fixed_rank` where it is a function or a class and no ordinary word."""
     env = app.env
     if not env.docname.startswith("docs/"):
         return
@@ -57,8 +59,9 @@ def link_pages(app, doctree):
         inside = (literal.parent, getattr(literal.parent, "parent", None))
         if any(isinstance(node, nodes.reference | pending_xref | nodes.title) for node in inside):
             continue
-        name = r"[A-Za-z_][\w.]*\w" if env.docname.startswith("docs/reference/") else r"lro\.\w[\w.]*\w|[a-z]+_\w+"
-        if dotted := re.match(name, text):
+        dotted = re.match(r"[A-Za-z_][\w.]*\w", text)
+        anything = env.docname.startswith("docs/reference/")
+        if dotted and (anything or dotted[0].startswith("lro.") or dotted[0] in NAMES):
             ref = pending_xref("", refdomain="py", reftype="name", reftarget=dotted[0], refmodule=PACKAGE)
             ref["refdoc"], ref["refwarn"] = env.docname, False
             literal.replace_self(ref)
