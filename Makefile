@@ -19,7 +19,7 @@ PYTEST = JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m pytest
 DOCTEST = XLA_FLAGS=--xla_backend_optimization_level=0 $(PYTEST) -n $(WORKERS) -q --doctest-modules lowrank_optax
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-fast lint format demo bench clean
+.PHONY: help install test test-fast lint format demo bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,14 @@ demo: $(STAMP) ## pre-train a small model on this machine (options in ARGS)
 bench: $(STAMP) ## measure time and memory of low-rank training on this machine (options in ARGS)
 	$(BIN)/python -m benchmarks $(ARGS)
 
+docs: $(VENV)/.docs ## build the documentation site into docs/_build/html
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -b html -c docs -n -W --keep-going -q . docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+$(VENV)/.docs: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
 clean: ## remove environments, caches and builds
-	rm -rf .venv .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -51,8 +51,8 @@ class Diagnostics(NamedTuple):
     """The result of `diagnostics`.
 
     Attributes:
-      kernels: path of the kernel to its `Info`: rank, |P(W)G|_F, and the relative norm that the last step discarded,
-        None with a geometry that never truncates.
+      kernels: path of the kernel to its `Info`: rank, `|P(W)G|_F`, and the relative norm that the last step
+        discarded, None with a geometry that never truncates.
       notfinite_count: number of steps that met or made a number that is not finite.
       consecutive_notfinite: number of such steps since the last finite one.
     """

@@ -114,7 +114,7 @@ def tolerance(theta: float | jax.Array, *, min_rank: int = 1, max_rank: int | No
       theta: relative tail, usually 0.001 to 0.1. The errors of all steps add up to theta / h over a trajectory of step
         size h, so smaller steps want a smaller theta. A step lies in the tangent space, and new directions enter at
         second order, with singular values of about h^2 / sigma_r for a step of norm h: ranks grow only if theta is
-        below h^2 / (sigma_r |W|).
+        below `h^2 / (sigma_r |W|)`.
       min_rank: lower bound.
       max_rank: upper bound; default the width of the factors.
 

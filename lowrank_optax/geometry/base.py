@@ -50,7 +50,7 @@ class Info(NamedTuple):
 
     Attributes:
       rank: the rank after the last step, int32.
-      gradient_norm: |P(W)G|_F of the last step.
+      gradient_norm: `|P(W)G|_F` of the last step.
       truncation: relative Frobenius norm that the last step discarded; None with a geometry that never truncates.
     """
 

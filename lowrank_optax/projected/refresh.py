@@ -16,7 +16,7 @@ class Refresh(NamedTuple):
       due: `due(clock, count, index, number, norm)` tells whether kernel `index` of `number` gets a new basis, True for
         always. `norm()` is the norm of the gradient in the current basis.
       init: `init()` returns the clock before the first step.
-      after: `after(clock, refreshed, count, overlap, norm)` returns the clock after a step, given |cos| of the first
+      after: `after(clock, refreshed, count, overlap, norm)` returns the clock after a step, given `|cos|` of the first
         vectors of the old and the new basis, and the norm of the gradient in the new one.
       together: whether all kernels are refreshed in the same steps.
       observes: whether `after` looks at `overlap` and `norm`.
