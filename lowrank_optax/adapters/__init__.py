@@ -29,28 +29,45 @@ is an array in `delta` that is not trained, so that a rank may change and the fu
 `"plain"`, `"plus"`, `"precondition"`, `"pro"`, `"frozen_a"`, `"manifold"`.
 """
 
+from lowrank_optax.adapters.allora import ALLoRA
+from lowrank_optax.adapters.blockwise import C3A, GraLoRA, MiSS
+from lowrank_optax.adapters.butterfly import BOFT, OFT, NeumannOFT
 from lowrank_optax.adapters.change import Adapted, Change
-from lowrank_optax.adapters.core import Core
-from lowrank_optax.adapters.create import init, magnitude
+from lowrank_optax.adapters.components import Components, DeLoRA
+from lowrank_optax.adapters.core import Core, SingularValues
+from lowrank_optax.adapters.create import init, magnitude, variant
 from lowrank_optax.adapters.files import export, load
 from lowrank_optax.adapters.lora import LoRA
 from lowrank_optax.adapters.lowrank import LowRankChange
 from lowrank_optax.adapters.magnitude import Magnitude
+from lowrank_optax.adapters.nola import NOLA, RandomBases
 from lowrank_optax.adapters.quantized import Quantized, quantize
+from lowrank_optax.adapters.randlora import RandLoRA, RandomPairs
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.adapters.rotation import Householder
 from lowrank_optax.adapters.rules import optimizer
 from lowrank_optax.adapters.shared import Bank, VeRA
-from lowrank_optax.adapters.starts import gradient
+from lowrank_optax.adapters.sparse import Sparse
+from lowrank_optax.adapters.starts import activation, gradient, sign_step
 from lowrank_optax.adapters.structured import Fourier, HiRA, LoHa, LoKr
-from lowrank_optax.adapters.trees import add, attach, labels, merge, unmerge
+from lowrank_optax.adapters.tensor_train import TensorTrain
+from lowrank_optax.adapters.trees import add, as_lora, attach, labels, merge, unmerge
+from lowrank_optax.adapters.vblora import VBLoRA, VectorBank
 
 __all__ = [
+    "BOFT",
+    "C3A",
+    "NOLA",
+    "OFT",
+    "ALLoRA",
     "Adapted",
     "Bank",
     "Change",
+    "Components",
     "Core",
+    "DeLoRA",
     "Fourier",
+    "GraLoRA",
     "HiRA",
     "Householder",
     "LoHa",
@@ -58,10 +75,22 @@ __all__ = [
     "LoRA",
     "LowRankChange",
     "Magnitude",
+    "MiSS",
+    "NeumannOFT",
     "Quantized",
+    "RandLoRA",
+    "RandomBases",
+    "RandomPairs",
     "Request",
+    "SingularValues",
+    "Sparse",
+    "TensorTrain",
+    "VBLoRA",
     "VeRA",
+    "VectorBank",
+    "activation",
     "add",
+    "as_lora",
     "attach",
     "export",
     "gradient",
@@ -72,5 +101,7 @@ __all__ = [
     "merge",
     "optimizer",
     "quantize",
+    "sign_step",
     "unmerge",
+    "variant",
 ]
