@@ -29,6 +29,7 @@ is an array in `delta` that is not trained, so that a rank may change and the fu
 `"plain"`, `"plus"`, `"precondition"`, `"pro"`, `"frozen_a"`, `"manifold"`.
 """
 
+from lowrank_optax.adapters.allocate import Allocation, budget
 from lowrank_optax.adapters.allora import ALLoRA
 from lowrank_optax.adapters.blockwise import C3A, GraLoRA, MiSS
 from lowrank_optax.adapters.butterfly import BOFT, OFT, NeumannOFT
@@ -40,10 +41,12 @@ from lowrank_optax.adapters.files import export, load
 from lowrank_optax.adapters.lora import LoRA
 from lowrank_optax.adapters.lowrank import LowRankChange
 from lowrank_optax.adapters.magnitude import Magnitude
+from lowrank_optax.adapters.muon import scale_by_muon
 from lowrank_optax.adapters.nola import NOLA, RandomBases
 from lowrank_optax.adapters.quantized import Quantized, quantize
 from lowrank_optax.adapters.randlora import RandLoRA, RandomPairs
 from lowrank_optax.adapters.request import Request
+from lowrank_optax.adapters.rite import scale_by_rite
 from lowrank_optax.adapters.rotation import Householder
 from lowrank_optax.adapters.rules import optimizer
 from lowrank_optax.adapters.shared import Bank, VeRA
@@ -61,6 +64,7 @@ __all__ = [
     "OFT",
     "ALLoRA",
     "Adapted",
+    "Allocation",
     "Bank",
     "Change",
     "Components",
@@ -92,6 +96,7 @@ __all__ = [
     "add",
     "as_lora",
     "attach",
+    "budget",
     "export",
     "gradient",
     "init",
@@ -101,6 +106,8 @@ __all__ = [
     "merge",
     "optimizer",
     "quantize",
+    "scale_by_muon",
+    "scale_by_rite",
     "sign_step",
     "unmerge",
     "variant",

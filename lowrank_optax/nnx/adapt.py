@@ -256,7 +256,9 @@ def _install(found: dict[str, Parameter], delta: Any) -> None:
         shared = shared_in(change)
         if shared and as_change(change).batch:
             kind = shared[0].kind
-            raise ValueError(f"the layers of {name!r} are stacked and cannot share the bank of kind {kind!r}: use linen")
+            raise ValueError(
+                f"the layers of {name!r} are stacked and cannot share the bank of kind {kind!r}: use linen"
+            )
         hook, ours = hook_of(parameter.layers[0])
         adapter = Adapter(change, banks, hook, ours, getattr(parameter.layers[0], hook))
         for layer in parameter.layers:
