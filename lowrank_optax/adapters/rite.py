@@ -89,9 +89,9 @@ def _one(g: jax.Array, other: jax.Array, old: Side, b1: jax.Array, b2: jax.Array
     basis = other @ inverse
     P, bar = basis.T @ old.basis, g @ inverse
     moved = P @ old.nu @ P.T
-    most = jnp.linalg.eigvalsh(old.nu - moved)[-1]
-    lost = jnp.maximum(jnp.minimum(most, jnp.trace(old.nu) - jnp.trace(moved)), 0.0)
-    lost = b2 * (old.lost + lost)
+    # Differences of eigenvalues: the two matrices are in two bases.
+    most = jnp.max(jnp.linalg.eigvalsh(old.nu) - jnp.linalg.eigvalsh(moved))
+    lost = b2 * (old.lost + jnp.clip(most, 0.0, jnp.trace(old.nu) - jnp.trace(moved)))
     nu = b2 * moved + (1 - b2) * (bar.T @ bar) / g.shape[0]
     step = bar @ power_of_gram(nu + lost * jnp.eye(nu.shape[0], dtype=nu.dtype), -0.5)
     mu = b1 * old.mu @ P.T + (1 - b1) * step
