@@ -43,7 +43,7 @@ from lowrank_optax.adapters.lowrank import LowRankChange
 from lowrank_optax.adapters.magnitude import Magnitude
 from lowrank_optax.adapters.muon import scale_by_muon
 from lowrank_optax.adapters.nola import NOLA, RandomBases
-from lowrank_optax.adapters.quantized import Quantized, quantize
+from lowrank_optax.adapters.quantized import GroupQuantized, Quantized, quantize
 from lowrank_optax.adapters.randlora import RandLoRA, RandomPairs
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.adapters.rite import scale_by_rite
@@ -72,6 +72,7 @@ __all__ = [
     "DeLoRA",
     "Fourier",
     "GraLoRA",
+    "GroupQuantized",
     "HiRA",
     "Householder",
     "LoHa",
