@@ -29,6 +29,7 @@ is an array in `delta` that is not trained, so that a rank may change and the fu
 `"plain"`, `"plus"`, `"precondition"`, `"pro"`, `"frozen_a"`, `"manifold"`.
 """
 
+from lowrank_optax.adapters import names
 from lowrank_optax.adapters.allocate import Allocation, budget
 from lowrank_optax.adapters.allora import ALLoRA
 from lowrank_optax.adapters.blockwise import C3A, GraLoRA, MiSS
@@ -46,6 +47,7 @@ from lowrank_optax.adapters.nola import NOLA, RandomBases
 from lowrank_optax.adapters.quantized import GroupQuantized, Quantized, quantize
 from lowrank_optax.adapters.randlora import RandLoRA, RandomPairs
 from lowrank_optax.adapters.request import Request
+from lowrank_optax.adapters.restart import forget, restart, restarts, switch
 from lowrank_optax.adapters.rite import scale_by_rite
 from lowrank_optax.adapters.rotation import Householder
 from lowrank_optax.adapters.rules import optimizer
@@ -99,17 +101,22 @@ __all__ = [
     "attach",
     "budget",
     "export",
+    "forget",
     "gradient",
     "init",
     "labels",
     "load",
     "magnitude",
     "merge",
+    "names",
     "optimizer",
     "quantize",
+    "restart",
+    "restarts",
     "scale_by_muon",
     "scale_by_rite",
     "sign_step",
+    "switch",
     "unmerge",
     "variant",
 ]
