@@ -107,7 +107,7 @@ class AllocationState(NamedTuple):
     """
 
     inner: Any
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
     sensitivity: list[Any]
     uncertainty: list[Any]
     kept: list[jax.Array]
@@ -127,7 +127,8 @@ def allocating(inner: optax.GradientTransformationExtraArgs, policy: Allocation)
     """`inner`, after whose steps the policy chooses the components."""
 
     def numbers(x: Components) -> Any:
-        return dataclasses.replace(x, scale=None) if policy.score == "adalora" else x.E
+        nothing: Any = None
+        return dataclasses.replace(x, scale=nothing) if policy.score == "adalora" else x.E
 
     def init(delta: Any) -> AllocationState:
         found = changes_of(delta)

@@ -81,7 +81,7 @@ class PairsState(NamedTuple):
       pairs: a state in the place of each pair, nothing in the place of other arrays.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
     pairs: Any
 
 

@@ -204,7 +204,9 @@ def _kind(name: str, change: Any) -> Any:
 def _rank(change: Any) -> int:
     if isinstance(change, Magnitude):
         return _rank(change.change)
-    return int(change.A.shape[-1]) if is_pair(change) else as_change(change).kernel.width
+    if isinstance(change, LoRA):
+        return int(change.A.shape[-1])
+    return _rank(change.kernel) if isinstance(change, LowRankChange) else int(change.width)
 
 
 def _with_scale(new: Any, old: Any) -> Any:

@@ -93,7 +93,7 @@ class Adapter(nnx.Module):
 
     def banks(self) -> dict[str, Any]:
         """The bank by its name, if there is one."""
-        return {} if self.bank is None else {self.bank_name: self.bank.get_value()}
+        return {} if self.bank is None else {str(self.bank_name): self.bank.get_value()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         at = 2 if self.name == "einsum_op" else 1
