@@ -2,13 +2,15 @@
 
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import lowrank_optax as lro
-from tests.models.linen_models import close, draw
+from tests.models.linen_models import close, draw, shapes_inside
 
 KEY = jax.random.key(0)
 ad = lro.adapters
@@ -201,3 +203,55 @@ def test_rosa_takes_the_largest_entries_of_a_gradient() -> None:
     at = np.asarray(delta["kernel"].positions, int)
     want = np.argsort(-np.abs(np.asarray(G)).reshape(-1))[:6]
     assert sorted(at[:, 0] * 5 + at[:, 1]) == sorted(want)
+
+
+FACTORED = {
+    **{name: name for name in ("allora", "adalora", "delora", "svfit", "core", "randlora", "nola", "loretta")},
+    **{name: name for name in ("gralora", "miss")},
+    "vblora": ad.variant("vblora", vectors=5, length=4),
+}
+
+
+@pytest.mark.parametrize("kind", FACTORED)
+def test_no_array_of_the_size_of_the_kernel(kind: str) -> None:
+    """Neither in the output nor in the gradient."""
+    params, delta = ad.init(KEY, {"kernel": draw((12, 8))}, 2, kind=FACTORED[kind])
+    x = draw((3, 12))
+    loss = lambda delta: jnp.sum((x @ ad.attach(params, delta)["kernel"]) ** 2)  # noqa: E731
+    shapes = set(shapes_inside(jax.make_jaxpr(jax.grad(loss))(delta).jaxpr))
+    # The factors of randlora have min(m, n) columns, so one of them is as large as the kernel.
+    assert not shapes & {(12, 8), (8, 12)} or kind == "randlora"
+
+
+@pytest.mark.parametrize("kind", ["oft", "miss", "rosa", "allora"])
+def test_convolutions(kind: str) -> None:
+    model, x = nn.Conv(4, (3, 2), param_dtype=jnp.float64), draw((2, 5, 4, 2))
+    params = model.init(KEY, x)["params"]
+    params, delta = ad.init(KEY, params, 2, kind=kind, where=lro.linen.kernels(model, x))
+    delta = moved(delta)
+    run = jax.jit(lambda d: (lro.linen.apply(model)({"params": params, "adapters": d}, x), ad.merge(params, d)))
+    y, dense = run(delta)
+    close(y, model.apply({"params": dense}, x), 1e-11)
+
+
+@pytest.mark.parametrize("kind", ["vblora", "rosa", "allora"])
+def test_models_of_nnx(kind: str) -> None:
+    """A bank that is trained is one variable for all layers, a change inside of another has variables of its own."""
+    net = nnx.Sequential(*(nnx.Linear(8, 8, rngs=nnx.Rngs(i), param_dtype=jnp.float64) for i in range(2)))
+    params = {str(i): {"kernel": net.layers[i].kernel[...]} for i in range(2)}
+    lro.nnx.adapt(net, rank=2, kind=FACTORED.get(kind, kind))
+    x, tree = draw((3, 8)), lro.nnx.adapters(net)
+
+    def by_hand(tree):
+        kernels = [k for k in jax.tree.leaves(ad.attach(below, tree), is_leaf=lambda k: isinstance(k, ad.Adapted))]
+        return jnp.sum((x @ kernels[0] @ kernels[1]) ** 2)
+
+    below = {"layers": params}
+    assert set(tree) == {"layers"} | ({"vblora_bank"} if kind == "vblora" else set())
+    loss = lambda net: jnp.sum(net(x) ** 2)  # noqa: E731
+    value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, lro.nnx.AdapterParam))(net)
+    expected, of_tree = jax.value_and_grad(by_hand)(tree)
+    close(value, expected, 1e-11)
+    norms = lambda tree: sorted(float(jnp.sum(g**2)) for g in jax.tree.leaves(tree) if jnp.any(g))  # noqa: E731
+    close(norms(grads), norms(of_tree), 1e-9)
+    assert len(norms(grads)) >= 2
