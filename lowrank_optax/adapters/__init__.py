@@ -23,26 +23,26 @@ kernel, so one kind runs in every layer of Flax, in `lowrank_optax.einsum` and i
 | `"svfit"` | `We + U diag(sigma) V^T`, the r largest singular values of W0 | `r` |
 | `"rosa"` | `W0 + s A B + S`, S with k entries at fixed positions | `r (m + n) + k` |
 | `"vera"` | `W0 + A diag(d) B^T diag(b)`, A and B random and shared by all layers | `n + r` |
-| `"randlora"` | `W0 + s sum_k lam_k b_k (a_k o gamma_k)^T`, a and b random and shared, full rank | `N (r + min(m, n))`, `N = min(m, n) / r` |
-| `"vblora"` | `W0 + A B` of pieces that are mixtures of a trained bank of h vectors of length b | `h (m + n) r / b`, and `h b` once |
+| `"randlora"` | `W0 + s sum_k lam_k b_k (a_k o gamma_k)^T`, random and shared, l = min(m, n) | `(r + l) l / r` |
+| `"vblora"` | `W0 + A B` of mixtures of h trained vectors of length b, a bank | `h (m + n) r / b`, `h b` once |
 | `"nola"` | `W0 + s A B`, A and B combinations of k random matrices, shared | `2 k` |
 | `"loha"` | `W0 + s (A1 B1) o (A2 B2)` | `2 r (m + n)` |
 | `"hira"` | `W0 + s W0 o (A B)` | `r (m + n)` |
 | `"lokr"` | `W0 + s kron(C, A B)` | `m1 n1 + r (m2 + n2)` |
-| `"loretta"` | `W0 + s A B`, A and B tensor trains of two cores, `m = m1 m2`, `n = n1 n2` | `r (m1 + r m2 + r n1 + n2)` |
+| `"loretta"` | `W0 + s A B`, tensor trains, `m = m1 m2`, `n = n1 n2` | `r (m1 + r m2 + r n1 + n2)` |
 | `"gralora"` | `W0 + s D`, D a k x k grid of pairs of rank `r / k` | `r (m + n)` |
 | `"miss"` | `W0 + s E` with the r rows of E again and again | `r n` |
 | `"c3a"` | `W0 + D`, D of circulant r x r blocks | `m n / r` |
 | `"fourier"` | `W0 + s Re ifft2(F)` with r entries in F | `r` |
 | `"hra"` | `H_r ... H_1 W0`, reflections of the inputs | `r m` |
-| `"oft"`, `"oft_neumann"` | `diag(R_1, R_2, ...) W0`, rotations of r inputs by Cayley's map, or its series | `m (r - 1) / 2` |
+| `"oft"`, `"oft_neumann"` | `diag(R_1, R_2, ...) W0`, r x r rotations by Cayley's map, or its series | `m (r - 1) / 2` |
 | `"boft"` | `B_f ... B_1 W0 diag(s)`, block rotations between butterfly permutations | `f m r + n` |
 
-`variant(kind, ...)` sets what a kind has beside its rank. Starts: `"zero"`, `"pissa"`, `"olora"`, `gradient(grads)`,
-`activation(inputs)`, and `sign_step(grads)` of `"core"`. Scales: `"alpha/r"`, `"alpha/sqrt(r)"`, `"none"`; the scale
-is an array in `delta` that is not trained, so that a rank may change and the function does not. Rules of `optimizer`:
-`"plain"`, `"plus"`, `"precondition"`, `"pro"`, `"frozen_a"`, `"muon"`, `"rite"`, `"manifold"`. Between steps: `restart`,
-`forget`, `switch`.
+`variant(kind, ...)` sets what a kind has beside its rank. Starts: `"zero"`, `"pissa"`, `"olora"`, `"orthogonal"`,
+`gradient(grads)`, `activation(inputs)`, and `sign_step(grads)` of `"core"`. Scales: `"alpha/r"`, `"alpha/sqrt(r)"`,
+`"none"`; the scale is an array in `delta` that is not trained, so that a rank may change and the function does not.
+Rules of `optimizer`: `"plain"`, `"plus"`, `"precondition"`, `"pro"`, `"frozen_a"`, `"muon"`, `"rite"`, `"manifold"`.
+Between steps: `restart`, `forget`, `switch`.
 """
 
 from lowrank_optax.adapters import names
@@ -51,7 +51,7 @@ from lowrank_optax.adapters.allora import ALLoRA
 from lowrank_optax.adapters.blockwise import C3A, GraLoRA, MiSS
 from lowrank_optax.adapters.butterfly import BOFT, OFT, NeumannOFT
 from lowrank_optax.adapters.change import Adapted, Change
-from lowrank_optax.adapters.components import Components, DeLoRA
+from lowrank_optax.adapters.components import Components, DeLoRA, orthogonality
 from lowrank_optax.adapters.core import Core, SingularValues
 from lowrank_optax.adapters.create import init, magnitude, variant
 from lowrank_optax.adapters.files import export, load
@@ -126,6 +126,7 @@ __all__ = [
     "merge",
     "names",
     "optimizer",
+    "orthogonality",
     "quantize",
     "restart",
     "restarts",

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.adapters.components import Components
+from lowrank_optax.adapters.components import Components, changes_of, is_components
 from lowrank_optax.layout import map_matrices
 from lowrank_optax.rank import check_int
 
@@ -111,16 +111,6 @@ class AllocationState(NamedTuple):
     sensitivity: list[Any]
     uncertainty: list[Any]
     kept: list[jax.Array]
-
-
-def is_components(x: Any) -> bool:
-    """Whether x is a change of kind `adalora`."""
-    return isinstance(x, Components)
-
-
-def changes_of(tree: Any) -> list[Components]:
-    """The changes of kind `adalora`, in the order of the tree."""
-    return [x for x in jax.tree.leaves(tree, is_leaf=is_components) if is_components(x)]
 
 
 def allocating(inner: optax.GradientTransformationExtraArgs, policy: Allocation) -> Any:

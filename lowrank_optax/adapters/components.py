@@ -21,8 +21,7 @@ from lowrank_optax.lowrank import LowRank
 class Components(Change):
     r"""The change :math:`s\,A\,\mathrm{diag}(E) B`, whose components `allocate` takes away from kernels by a score.
 
-    AdaLoRA adds a penalty on :math:`|A^\top A - I|_F^2 + |B B^\top - I|_F^2` to the loss, see `orthogonality`. Its
-    scale in PEFT is :math:`\alpha / (r + 10^{-5})`.
+    AdaLoRA adds a penalty to the loss, see `orthogonality`. Its scale in PEFT is :math:`\alpha / (r + 10^{-5})`.
 
     Attributes:
       A: `(batch..., in..., r)`, Gaussian of standard deviation 0.02 at the start.
@@ -62,6 +61,53 @@ class Components(Change):
     def part(self, base: Any) -> LowRank:
         scale = jax.lax.stop_gradient(self.scale)[..., None]
         return LowRank(self.A, diagonals(scale * self.E), jnp.moveaxis(self.B, self.batch, -1))
+
+
+def is_components(x: Any) -> bool:
+    """Whether x is a change of kind `adalora`."""
+    return isinstance(x, Components)
+
+
+def changes_of(tree: Any) -> list[Components]:
+    """The changes of kind `adalora`, in the order of the tree."""
+    return [x for x in jax.tree.leaves(tree, is_leaf=is_components) if is_components(x)]
+
+
+def orthogonality(delta: Any) -> jax.Array:
+    r"""AdaLoRA's penalty, the mean of :math:`|A^\top A - I|_F` and :math:`|B B^\top - I|_F` over all changes.
+
+    Args:
+      delta: a tree of changes of kind `adalora`.
+
+    Returns:
+      A number, to be added to the loss with a weight, 0.5 in PEFT.
+
+    Raises:
+      ValueError: for a tree without such changes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> params, delta = lro.adapters.init(jax.random.key(0), {"kernel": jnp.eye(6)}, rank=4, kind="adalora")
+      >>> penalty = 0.5 * lro.adapters.orthogonality(delta)
+
+    References:
+      arXiv:2303.10512, equation 4; the norms without squares are those of PEFT.
+    """
+    found = changes_of(delta)
+    if not found:
+        raise ValueError("orthogonality is a penalty on changes of kind 'adalora', and the tree has none")
+    norms = []
+    for x in found:
+        b, r = x.batch, x.E.shape[-1]
+        A, B = x.A.reshape(*x.A.shape[:b], -1, r), x.B.reshape(*x.B.shape[: b + 1], -1)
+        norms += [map_matrices(_skewness, A), map_matrices(_skewness, jnp.swapaxes(B, -1, -2))]
+    return jnp.mean(jnp.concatenate([x.reshape(-1) for x in norms]))
+
+
+def _skewness(A: jax.Array) -> jax.Array:
+    """|A^T A - I|_F, without a gradient where it is zero."""
+    squares = jnp.sum((A.T @ A - jnp.eye(A.shape[1], dtype=A.dtype)) ** 2)
+    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
 
 
 @node

@@ -68,11 +68,12 @@ def init(
       key: a PRNG key. A kernel draws by its path, whatever other kernels there are.
       params: the parameters of the model, in any floating dtype.
       rank: an int, a fraction of `min(m, n)` in (0, 1], or a callable of path and shape.
-      kind: the parametrisation, a name of the table in `lowrank_optax.adapters`, `variant(kind, ...)` for one with other
-        settings, or `magnitude(kind)` for DoRA's lengths over another one.
-      start: `"zero"`, `"pissa"`, `"olora"`, `gradient(grads)`, `activation(inputs)`, or `sign_step(grads)`.
-      alpha: the constant of the scale; None for s = 1. For `"fourier"` and `"delora"` the scale is alpha itself, 150 and
-        15 by default. Kinds without a scale in the table make no use of it.
+      kind: the parametrisation, a name of the table in `lowrank_optax.adapters`, `variant(kind, ...)` for one with
+        other settings, or `magnitude(kind)` for DoRA's lengths over another one.
+      start: `"zero"`, `"pissa"`, `"olora"`, `"orthogonal"`, `gradient(grads)`, `activation(inputs)`, or
+        `sign_step(grads)`.
+      alpha: the constant of the scale; None for s = 1. For `"fourier"` and `"delora"` the scale is alpha itself, 150
+        and 15 by default. Kinds without a scale in the table make no use of it.
       scale: `"alpha/r"`, `"alpha/sqrt(r)"`, or `"none"` for s = 1.
       where: callable of the path and the shape that says which kernels change and how their axes split, as in
         `factorize`; `lowrank_optax.linen.kernels(model, x)` reads them off a model. Default: every leaf named `kernel`

@@ -128,9 +128,9 @@ def switch(key: jax.Array, params: Any, delta: Any, share: float) -> tuple[Any, 
     .. math:: W_0 \leftarrow W_0 + s\,(a_k - a_k') b_k, \quad a_k \leftarrow a_k'
 
     with :math:`a_k'` drawn as at the start. The function that the model computes stays. SwitchLoRA takes :math:`a_k'`
-    from a pool, where it puts :math:`a_k`, and exchanges rows of B likewise; here all columns are new draws. It sets the
-    moments of the counterpart to zero and freezes it for some steps: multiply the moments by `kept`, and the updates of
-    these steps.
+    from a pool, where it puts :math:`a_k`, and exchanges rows of B likewise; here all columns are new draws. It sets
+    the moments of the counterpart to zero and freezes it for some steps: multiply the moments by `kept`, and the
+    updates of these steps.
 
     Args:
       key: a PRNG key, a new one for each call.

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.adapters.allocate import Allocation, allocating, changes_of
+from lowrank_optax.adapters.allocate import Allocation, allocating
+from lowrank_optax.adapters.components import changes_of
 from lowrank_optax.adapters.lora import LoRA
 from lowrank_optax.adapters.muon import scale_by_muon
 from lowrank_optax.adapters.pairs import flatten_pair, is_pair, on_pairs, with_nodes, without_nodes

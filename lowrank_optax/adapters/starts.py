@@ -75,6 +75,29 @@ class OLoRA(Start):
 
 
 @dataclasses.dataclass(frozen=True)
+class Orthogonal(Start):
+    r"""Factors that are not zero and whose product is: :math:`A = X Q_1 / 10`, :math:`B = Q_2^\top Y / 10`.
+
+    The rows of :math:`Q_1` and :math:`Q_2` are the even and the odd ones of an orthogonal r x r matrix, X and Y are
+    Gaussian. It is PEFT's `init_lora_weights="orthogonal"`.
+    """
+
+    name: str = "orthogonal"
+
+    def pair(self, request: Request) -> tuple[jax.Array, jax.Array, bool]:
+        r = request.rank
+        if r % 2:
+            raise ValueError(f"start='orthogonal' needs an even rank, and that of {request.name!r} is {r}")
+        Q = map_replicated(_orthogonal, request.normal(3, r, r))
+        X, Y = request.normal(0, request.m, r // 2, std=0.1), request.normal(1, r // 2, request.n, std=0.1)
+        A = jnp.einsum("...mp,...pr->...mr", X, Q[..., 0::2, :], precision="highest")
+        return A, jnp.einsum("...pr,...pn->...rn", Q[..., 1::2, :], Y, precision="highest"), False
+
+    def bases(self, request: Request) -> tuple[jax.Array, jax.Array] | None:
+        raise ValueError("start='orthogonal' is for pairs, and kind 'lowrank' starts at zero between orthonormal bases")
+
+
+@dataclasses.dataclass(frozen=True)
 class Gradient(Start):
     r"""Singular vectors of a gradient G of the loss: with :math:`G = U \Sigma V^\top` of a kernel of n outputs
 
@@ -245,7 +268,7 @@ def by_path(tree: Any) -> dict[str, Any]:
     return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_lowrank)}
 
 
-STARTS: dict[str, Start] = {start.name: start for start in (Zero(), PiSSA(), OLoRA())}
+STARTS: dict[str, Start] = {start.name: start for start in (Zero(), PiSSA(), OLoRA(), Orthogonal())}
 
 
 def as_start(start: Any) -> Start:
@@ -272,6 +295,10 @@ def _pissa(W: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]
 def _olora(W: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     q, r = linalg.orthonormalize(W.T)
     return r[:rank].T, q[:, :rank].T
+
+
+def _orthogonal(x: jax.Array) -> jax.Array:
+    return linalg.orthonormalize(x)[0]
 
 
 def _from_gradient(G: jax.Array, rank: int, c: float) -> tuple[jax.Array, jax.Array]:

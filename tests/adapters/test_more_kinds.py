@@ -255,3 +255,22 @@ def test_models_of_nnx(kind: str) -> None:
     norms = lambda tree: sorted(float(jnp.sum(g**2)) for g in jax.tree.leaves(tree) if jnp.any(g))  # noqa: E731
     close(norms(grads), norms(of_tree), 1e-9)
     assert len(norms(grads)) >= 2
+
+
+def test_the_orthogonal_start_and_the_penalty_of_adalora() -> None:
+    """Neither factor is zero and the product is; the penalty is the mean of the norms."""
+    W = {"kernel": draw((2, 8, 6))}
+    where = lambda path, shape: lro.Axes(1, 1)  # noqa: E731
+    params, delta = ad.init(KEY, W, 4, kind="lora", start="orthogonal", where=where)
+    close(ad.merge(params, delta), W, 1e-14)
+    assert jnp.abs(delta["kernel"].A).max() > 0.1 and jnp.abs(delta["kernel"].B).max() > 0.1
+    for kind, rank, message in (("lora", 3, "needs an even rank"), ("lowrank", 4, "is for pairs")):
+        with pytest.raises(ValueError, match=message):
+            ad.init(KEY, W, rank, kind=kind, start="orthogonal", where=where)
+    _, delta = ad.init(KEY, W, 3, kind="adalora", where=where)
+    d = moved(delta)["kernel"]
+    grams = [x.T @ x for x in map(np.asarray, (*d.A, *jnp.swapaxes(d.B, 1, 2)))]
+    expected = np.mean([np.linalg.norm(x - np.eye(3)) for x in grams])
+    np.testing.assert_allclose(ad.orthogonality({"kernel": d}), expected, rtol=1e-12)
+    with pytest.raises(ValueError, match="and the tree has none"):
+        ad.orthogonality({})
