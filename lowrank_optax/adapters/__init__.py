@@ -35,7 +35,7 @@ kernel, so one kind runs in every layer of Flax, in `lowrank_optax.einsum` and i
 | `"c3a"` | `W0 + D`, D of circulant r x r blocks | `m n / r` |
 | `"fourier"` | `W0 + s Re ifft2(F)` with r entries in F | `r` |
 | `"hra"` | `H_r ... H_1 W0`, reflections of the inputs | `r m` |
-| `"oft"`, `"oft_neumann"` | `diag(R_1, R_2, ...) W0`, r x r rotations by Cayley's map, or its series | `m (r - 1) / 2` |
+| `"oft"`, `"oft_neumann"` | `diag(R_1, R_2, ...) W0`, r x r rotations by Cayley's map or a series | `m (r - 1) / 2` |
 | `"boft"` | `B_f ... B_1 W0 diag(s)`, block rotations between butterfly permutations | `f m r + n` |
 
 `variant(kind, ...)` sets what a kind has beside its rank. Starts: `"zero"`, `"pissa"`, `"olora"`, `"orthogonal"`,

@@ -167,7 +167,9 @@ class SignStep(Gradient):
 
 @dataclasses.dataclass(frozen=True)
 class Activation(Start):
-    r"""The leading right singular vectors of the inputs of a layer: A = V_r of :math:`X = U \Sigma V^\top`, B = 0.
+    r"""The leading right singular vectors of the inputs of a layer less their mean,
+
+    .. math:: X - \bar X = U \Sigma V^\top, \quad A = V_{1..r}, \quad B = 0.
 
     A change of kind `lowrank` starts at zero with these inputs and random outputs.
 
@@ -175,7 +177,8 @@ class Activation(Start):
       inputs: inputs of kernels by path, one example in each row.
 
     References:
-      arXiv:2410.07170, section 3.2, without its redistribution of ranks.
+      arXiv:2410.07170, section 3.2, without its redistribution of ranks. PEFT adds up batches and takes the mean away
+      too.
     """
 
     inputs: Any
@@ -193,8 +196,10 @@ class Activation(Start):
                 f"the inputs of {request.name!r} have shape {X.shape}, and its kernel takes {(*batch, '...', *inner)}"
             )
         X = X.astype(request.W.dtype).reshape(*batch, -1, m)
-        if X.shape[-2] < request.rank:
-            raise ValueError(f"{X.shape[-2]} inputs of {request.name!r} have no {request.rank} directions")
+        if X.shape[-2] <= request.rank:
+            raise ValueError(
+                f"{X.shape[-2]} inputs of {request.name!r} less their mean have no {request.rank} directions"
+            )
         return map_replicated(_right, X, rank=request.rank)
 
     def pair(self, request: Request) -> tuple[jax.Array, jax.Array, bool]:
@@ -312,5 +317,6 @@ def _leading(G: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _right(X: jax.Array, rank: int) -> jax.Array:
-    # From the m x m second moments, whatever the number of examples.
+    # From the m x m covariance, whatever the number of examples.
+    X = X - jnp.mean(X, axis=0, keepdims=True)
     return linalg.svd(X.T @ X)[2][:, :rank]
