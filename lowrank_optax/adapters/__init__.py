@@ -21,7 +21,8 @@ kernel, so one kind runs in every layer of Flax, in `lowrank_optax.einsum` and i
 | `"delora"` | `W0 + lam / r diag(w) A diag(1 / (norm(a) norm(b))) B`, w the row norms of W0 | `r (m + n) + 1` |
 | `"core"` | `W0 + s U C V^T`, U and V frozen singular vectors of W0 (LoRA-XS, LoRA-SB) | `r^2` |
 | `"svfit"` | `We + U diag(sigma) V^T`, the r largest singular values of W0 | `r` |
-| `"rosa"` | `W0 + s A B + S`, S with k entries at fixed positions | `r (m + n) + k` |
+| `"shira"` | `W0 + S`, S with `r (m + n)` entries at fixed positions | `r (m + n)` |
+| `"rosa"` | `W0 + s A B + S`, S with k such entries | `r (m + n) + k` |
 | `"vera"` | `W0 + A diag(d) B^T diag(b)`, A and B random and shared by all layers | `n + r` |
 | `"randlora"` | `W0 + s sum_k lam_k b_k (a_k o gamma_k)^T`, random and shared, l = min(m, n) | `(r + l) l / r` |
 | `"vblora"` | `W0 + A B` of mixtures of h trained vectors of length b, a bank | `h (m + n) r / b`, `h b` once |
@@ -68,7 +69,7 @@ from lowrank_optax.adapters.rite import scale_by_rite
 from lowrank_optax.adapters.rotation import Householder
 from lowrank_optax.adapters.rules import optimizer
 from lowrank_optax.adapters.shared import Bank, VeRA
-from lowrank_optax.adapters.sparse import Sparse
+from lowrank_optax.adapters.sparse import Entries, Sparse
 from lowrank_optax.adapters.starts import activation, gradient, sign_step
 from lowrank_optax.adapters.structured import Fourier, HiRA, LoHa, LoKr
 from lowrank_optax.adapters.tensor_train import TensorTrain
@@ -88,6 +89,7 @@ __all__ = [
     "Components",
     "Core",
     "DeLoRA",
+    "Entries",
     "Fourier",
     "GraLoRA",
     "GroupQuantized",

@@ -24,7 +24,7 @@ from lowrank_optax.adapters.randlora import RandLoRA
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.adapters.rotation import Householder
 from lowrank_optax.adapters.shared import VeRA, shared_in
-from lowrank_optax.adapters.sparse import Sparse
+from lowrank_optax.adapters.sparse import Entries, Sparse
 from lowrank_optax.adapters.starts import as_start
 from lowrank_optax.adapters.structured import Fourier, HiRA, LoHa, LoKr
 from lowrank_optax.adapters.tensor_train import TensorTrain
@@ -38,7 +38,7 @@ from lowrank_optax.paths import listed, path_name, refuse_nnx
 from lowrank_optax.product import is_composed
 
 _CLASSES = (
-    *(LowRankChange, LoRA, ALLoRA, Components, DeLoRA, Core, SingularValues, Sparse),
+    *(LowRankChange, LoRA, ALLoRA, Components, DeLoRA, Core, SingularValues, Entries, Sparse),
     *(VeRA, RandLoRA, VBLoRA, NOLA),
     *(LoHa, HiRA, LoKr, Fourier, TensorTrain, MiSS, GraLoRA, C3A),
     *(Householder, OFT, NeumannOFT, BOFT),

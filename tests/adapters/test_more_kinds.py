@@ -38,9 +38,10 @@ def butterflies(d, W):
 
 def sparse(d, W):
     S = np.zeros(W.shape)
-    for value, (i, j) in zip(np.asarray(d.values), np.asarray(d.positions, int), strict=True):
+    entries = getattr(d, "entries", d)
+    for value, (i, j) in zip(np.asarray(entries.values), np.asarray(entries.positions, int), strict=True):
         S[i, j] += value
-    return W + float(d.pair.scale) * d.pair.A @ d.pair.B + S
+    return W + S + (float(d.pair.scale) * d.pair.A @ d.pair.B if entries is not d else 0.0)
 
 
 def train(d, W):
@@ -51,6 +52,7 @@ def train(d, W):
 FORMULAS = {
     "svfit": lambda d, W: W + d.U @ np.diag(d.sigma) @ d.V.T,
     "rosa": sparse,
+    "shira": sparse,
     "loretta": train,
     "allora": lambda d, W: W + float(d.scale) * d.A @ d.B,
     "boft": butterflies,
@@ -178,7 +180,8 @@ def test_refusals() -> None:
         "kind 'vblora' cannot change .* length 256 cut both": dict(rank=2, kind="vblora"),
         "kind 'c3a' cannot change .* divides m and n, 9 and 6": dict(rank=2, kind="c3a"),
         "kind 'gralora' cannot change .*k = 2 divides": dict(rank=2, kind="gralora"),
-        "kind 'rosa' cannot change .* has start='zero' or gradient": dict(rank=2, kind="rosa", start="pissa"),
+        "a sparse change of 'kernel' has start='zero' or gradient": dict(rank=2, kind="rosa", start="pissa"),
+        "kind 'shira' cannot change .* 54 entries, and r .* is 60": dict(rank=4, kind="shira"),
         "kind 'svfit' starts at zero": dict(rank=2, kind="svfit", start="pissa"),
         "start='activation' needs inputs": dict(rank=2, start="activation"),
     }.items():
@@ -201,7 +204,7 @@ def test_rosa_takes_the_largest_entries_of_a_gradient() -> None:
     G = draw((6, 5), 3)
     kind = ad.variant("rosa", density=0.2)
     _, delta = ad.init(KEY, {"kernel": draw((6, 5))}, 2, kind=kind, start=ad.gradient({"kernel": G}))
-    at = np.asarray(delta["kernel"].positions, int)
+    at = np.asarray(delta["kernel"].entries.positions, int)
     want = np.argsort(-np.abs(np.asarray(G)).reshape(-1))[:6]
     assert sorted(at[:, 0] * 5 + at[:, 1]) == sorted(want)
 
