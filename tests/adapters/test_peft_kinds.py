@@ -52,8 +52,8 @@ def change(name: str, of: Numbers) -> tuple[lro.adapters.Change, dict]:
     return ad.Components(of["lora_A"].T, of["lora_E"][:, 0], of["lora_B"].T, scale), {}
 
 
-@pytest.mark.parametrize("shape", ["wide", "tall"])
-@pytest.mark.parametrize("name", NAMES)
+# Only randlora asks which side is longer.
+@pytest.mark.parametrize(("name", "shape"), [*((name, "tall") for name in NAMES), ("randlora", "wide")])
 def test_outputs_gradients_and_dense_weights(name: str, shape: str) -> None:
     of = Numbers(name, shape)
     x, target, out, base, merged = (FILE[of.start + key] for key in ("x", "target", "out", "base", "merged"))
