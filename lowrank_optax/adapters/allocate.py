@@ -82,7 +82,7 @@ def budget(
       >>> state = tx.init(delta)
 
     References:
-      arXiv:2303.10512, equations 8 to 11. Equal scores at the threshold go together, as in PEFT.
+      arXiv:2303.10512. Equal scores at the threshold go together, as in PEFT.
     """
     for name, value in {"components": components, "begin": begin, "end": end, "every": every}.items():
         check_int(name, value)

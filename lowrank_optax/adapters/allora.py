@@ -34,7 +34,7 @@ class ALLoRA(LoRA):
       eta: :math:`\eta` of the class; a subclass may have another.
 
     References:
-      arXiv:2410.09692, equation 4.
+      arXiv:2410.09692.
     """
 
     kind: ClassVar[str] = "allora"

@@ -24,7 +24,7 @@ class MiSS(Change):
       scale: s, `(batch...)`, not trained.
 
     References:
-      arXiv:2409.15371, equation 4.
+      arXiv:2409.15371.
     """
 
     kind: ClassVar[str] = "miss"
@@ -74,7 +74,7 @@ class GraLoRA(Change):
       scale: s, `(batch...)`, not trained.
 
     References:
-      arXiv:2505.20355, section 3.1.
+      arXiv:2505.20355.
     """
 
     kind: ClassVar[str] = "gralora"
@@ -129,7 +129,7 @@ class C3A(Change):
       w: `(batch..., n / b, m / b, b)`, zero at the start.
 
     References:
-      arXiv:2407.19342, equation 6; the division by m is that of its code and of PEFT.
+      arXiv:2407.19342; the division by m is that of its code and of PEFT.
     """
 
     kind: ClassVar[str] = "c3a"

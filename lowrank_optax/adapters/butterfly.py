@@ -66,7 +66,7 @@ class OFT(_Rotated):
       Q: `(batch..., m / b, b (b - 1) / 2)`, the entries of each Q above its diagonal, row by row. Zero at the start.
 
     References:
-      arXiv:2306.07280, section 3.3. PEFT's `OFTConfig(use_cayley_neumann=False)`.
+      arXiv:2306.07280. PEFT's `OFTConfig(use_cayley_neumann=False)`.
     """
 
     kind: ClassVar[str] = "oft"
@@ -119,7 +119,7 @@ class NeumannOFT(OFT):
     The sign of Q is the opposite of the one in `OFT`, in PEFT too.
 
     References:
-      arXiv:2506.19847, OFTv2, section 3.2. PEFT's default `OFTConfig()`.
+      arXiv:2506.19847. PEFT's default `OFTConfig()`.
     """
 
     kind: ClassVar[str] = "oft_neumann"
@@ -148,7 +148,7 @@ class BOFT(_Rotated):
       s: `(batch..., out...)`, one at the start.
 
     References:
-      arXiv:2311.06243, equations 3 and 4.
+      arXiv:2311.06243.
     """
 
     kind: ClassVar[str] = "boft"

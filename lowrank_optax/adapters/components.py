@@ -30,7 +30,7 @@ class Components(Change):
       scale: s, `(batch...)`, not trained.
 
     References:
-      arXiv:2303.10512, equation 3.
+      arXiv:2303.10512.
     """
 
     kind: ClassVar[str] = "adalora"
@@ -91,7 +91,7 @@ def orthogonality(delta: Any) -> jax.Array:
       >>> penalty = 0.5 * lro.adapters.orthogonality(delta)
 
     References:
-      arXiv:2303.10512, equation 4; the norms without squares are those of PEFT.
+      arXiv:2303.10512; the norms without squares are those of PEFT.
     """
     found = changes_of(delta)
     if not found:
@@ -125,7 +125,7 @@ class DeLoRA(Change):
       lengths: w, `(batch..., in..., 1)`, not trained.
 
     References:
-      arXiv:2503.18225, equation 5.
+      arXiv:2503.18225.
     """
 
     kind: ClassVar[str] = "delora"

@@ -34,7 +34,7 @@ class Core(Change):
       scale: s, `(batch...)`, not trained.
 
     References:
-      arXiv:2405.17604, equation 2. LoRA-SB: arXiv:2411.19557, algorithm 1.
+      arXiv:2405.17604, equation 2. LoRA-SB: arXiv:2411.19557.
     """
 
     kind: ClassVar[str] = "core"
@@ -85,7 +85,7 @@ class SingularValues(Change):
       V: `(batch..., out..., r)`, orthonormal, not trained.
 
     References:
-      arXiv:2409.05926, equation 3.
+      arXiv:2409.05926.
     """
 
     kind: ClassVar[str] = "svfit"

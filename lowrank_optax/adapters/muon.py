@@ -38,8 +38,12 @@ def scale_by_muon(b1: Any = 0.95, damping: Any = None) -> optax.GradientTransfor
       b1: the decay of the momenta, :math:`M \leftarrow b_1 M + (1 - b_1) G`.
       damping: lambda, or None.
 
+    Example:
+      >>> import lowrank_optax as lro, optax
+      >>> tx = optax.chain(lro.adapters.scale_by_muon(), optax.scale_by_learning_rate(0.02))
+
     References:
-      arXiv:2606.12921, algorithm 1, whose lambda is zero. Polar factors are exact, from r x r eigenvalues.
+      arXiv:2606.12921, whose lambda is zero. Polar factors are exact, from r x r eigenvalues.
     """
 
     def start(pair: LoRA) -> Momenta:

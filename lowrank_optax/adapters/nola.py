@@ -43,7 +43,7 @@ class NOLA(Shared):
       bank: the `RandomBases`, None in the tree of changes, which holds it once.
 
     References:
-      arXiv:2310.02556, equation 2.
+      arXiv:2310.02556.
     """
 
     kind: ClassVar[str] = "nola"

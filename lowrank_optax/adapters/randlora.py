@@ -47,7 +47,7 @@ class RandLoRA(Shared):
       bank: the `RandomPairs`, None in the tree of changes, which holds it once.
 
     References:
-      arXiv:2502.00987, equation 4.
+      arXiv:2502.00987.
     """
 
     kind: ClassVar[str] = "randlora"

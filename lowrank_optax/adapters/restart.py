@@ -48,7 +48,7 @@ def restart(key: jax.Array, params: Any, delta: Any) -> tuple[Any, Any]:
       >>> params, delta = lro.adapters.restart(jax.random.key(1), params, delta)
 
     References:
-      ReLoRA, arXiv:2307.05695, section 3.
+      ReLoRA, arXiv:2307.05695.
     """
     found = changes(delta)
     kinds = {name: _kind(name, change) for name, change in found.items()}
@@ -152,7 +152,7 @@ def switch(key: jax.Array, params: Any, delta: Any, share: float) -> tuple[Any, 
       >>> params, delta, kept = lro.adapters.switch(jax.random.key(1), params, delta, share=0.5)
 
     References:
-      arXiv:2406.06564, algorithm 2.
+      arXiv:2406.06564.
     """
     found = changes(delta)
     for name, change in found.items():

@@ -56,8 +56,12 @@ def scale_by_rite(b1: Any = 0.9, b2: Any = 0.999, damping: Any = 1e-8) -> optax.
       b2: the decay of the second moment. Both are corrected for the start at zero, as in Adafactor.
       damping: lambda. A small one makes the first steps from B = 0 large.
 
+    Example:
+      >>> import lowrank_optax as lro, optax
+      >>> tx = optax.chain(lro.adapters.scale_by_rite(), optax.scale_by_learning_rate(1e-3))
+
     References:
-      arXiv:2410.20625, algorithm 1, without the clipping of its code.
+      arXiv:2410.20625, without the clipping of its code.
     """
 
     def start(pair: LoRA) -> Sides:

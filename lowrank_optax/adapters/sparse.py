@@ -30,7 +30,7 @@ class Entries(Change):
         like all leaves that have gradients.
 
     References:
-      arXiv:2406.13175, section 3.
+      arXiv:2406.13175.
     """
 
     kind: ClassVar[str] = "shira"
@@ -96,7 +96,7 @@ class Sparse(Change):
       entries: the `Entries`.
 
     References:
-      arXiv:2401.04679, section 4 and algorithm 1.
+      arXiv:2401.04679.
     """
 
     kind: ClassVar[str] = "rosa"

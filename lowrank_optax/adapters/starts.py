@@ -177,7 +177,7 @@ class Activation(Start):
       inputs: inputs of kernels by path, one example in each row.
 
     References:
-      arXiv:2410.07170, section 3.2, without its redistribution of ranks. PEFT adds up batches and takes the mean away
+      arXiv:2410.07170, without its redistribution of ranks. PEFT adds up batches and takes the mean away
       too.
     """
 

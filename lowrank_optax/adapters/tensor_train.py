@@ -33,7 +33,7 @@ class TensorTrain(Change):
       scale: s, `(batch...)`, not trained.
 
     References:
-      arXiv:2402.11417, LoRETTA_rep, section 3.3, with two cores for each factor.
+      arXiv:2402.11417, with two cores for each factor.
     """
 
     kind: ClassVar[str] = "loretta"

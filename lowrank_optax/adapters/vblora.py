@@ -45,7 +45,7 @@ class VBLoRA(Shared):
       top: the number of vectors in a mixture; a subclass may have another.
 
     References:
-      arXiv:2405.15179, equations 4 and 5.
+      arXiv:2405.15179.
     """
 
     kind: ClassVar[str] = "vblora"
