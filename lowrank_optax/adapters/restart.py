@@ -63,14 +63,15 @@ def restart(key: jax.Array, params: Any, delta: Any) -> tuple[Any, Any]:
     return merged, delta
 
 
-def forget(tx: Any, state: Any, share: float = 1.0) -> Any:
-    """The state of an optimizer with the smallest entries of its moments set to zero; counts stay.
+def forget(tx: Any, state: Any) -> Any:
+    """The state of an optimizer with all moments set to zero; counts stay.
+
+    ReLoRA may keep the largest entries of each moment. A first moment without its second one makes a huge step of Adam,
+    so here nothing is kept. Let the rate rise again after it, see `restarts`.
 
     Args:
       tx: the transformation.
       state: its state.
-      share: the part of the entries of each moment that is forgotten, by absolute value: 1 for all, 0.9 say for
-        ReLoRA's pruning, which keeps the steps after a restart small.
 
     Returns:
       The state.
@@ -79,18 +80,9 @@ def forget(tx: Any, state: Any, share: float = 1.0) -> Any:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
       >>> params, delta = lro.adapters.init(jax.random.key(0), {"kernel": jnp.eye(6)}, rank=2, kind="lora")
       >>> tx = lro.adapters.optimizer(optax.adam(1e-3))
-      >>> state = lro.adapters.forget(tx, tx.init(delta), share=0.9)
+      >>> state = lro.adapters.forget(tx, tx.init(delta))
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share is a part of the entries, from 0 to 1, got {share!r}")
-
-    def one(x: Any) -> Any:
-        if not (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)):
-            return x
-        size = jnp.abs(x)
-        return jnp.where(size > jnp.quantile(size.astype(jnp.float32), share), x, 0) if share < 1 else jnp.zeros_like(x)
-
-    return optax.tree.map_params(tx, one, state)
+    return optax.tree.map_params(tx, jnp.zeros_like, state)
 
 
 def restarts(envelope: Callable[[Any], Any] | float, every: int, warmup: int) -> Callable[[Any], jax.Array]:
