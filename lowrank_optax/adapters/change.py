@@ -34,11 +34,13 @@ class Change:
       frozen: the names of fields that are not trained.
       kind: its name in `init`.
       bounded: whether its rank is at most `min(m, n)`.
+      own_alpha: the scale by default of a kind whose scale is `alpha` itself, None for others.
     """
 
     frozen: ClassVar[frozenset[str]] = frozenset({"scale"})
     kind: ClassVar[str]
     bounded: ClassVar[bool] = True
+    own_alpha: ClassVar[float | None] = None
 
     @classmethod
     def make(cls, request: Request) -> tuple[Any, Any]:
@@ -194,6 +196,17 @@ def dense_base(base: Any) -> jax.Array:
 def to_dense(part: LowRank | jax.Array) -> jax.Array:
     """A part of a kernel as an array."""
     return part.to_dense() if isinstance(part, LowRank) else part
+
+
+def diagonals(x: jax.Array) -> jax.Array:
+    """The diagonal matrices `(..., r, r)` of vectors `(..., r)`."""
+    eye = jnp.eye(x.shape[-1], dtype=x.dtype)
+    return x[..., None, :] * eye.reshape((1,) * (x.ndim - 1) + eye.shape)
+
+
+def scaled_identity(scale: jax.Array, rank: int) -> jax.Array:
+    """s I for every kernel of a stack."""
+    return diagonals(jnp.broadcast_to(scale[..., None], (*scale.shape, rank)))
 
 
 def axes_with_rows(shape: tuple[int, ...], batch: int, rows: int) -> Axes:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.adapters.allora import ALLoRA
+from lowrank_optax.adapters.blockwise import C3A, GraLoRA, MiSS
+from lowrank_optax.adapters.butterfly import BOFT, OFT, NeumannOFT
 from lowrank_optax.adapters.change import dense_base, to_dense
-from lowrank_optax.adapters.core import Core
+from lowrank_optax.adapters.components import Components, DeLoRA
+from lowrank_optax.adapters.core import Core, SingularValues
 from lowrank_optax.adapters.lora import LoRA
 from lowrank_optax.adapters.lowrank import LowRankChange
 from lowrank_optax.adapters.magnitude import Over
+from lowrank_optax.adapters.nola import NOLA
+from lowrank_optax.adapters.randlora import RandLoRA
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.adapters.rotation import Householder
-from lowrank_optax.adapters.shared import BANK, VeRA, draw_bank
+from lowrank_optax.adapters.shared import VeRA, shared_in
+from lowrank_optax.adapters.sparse import Entries, Sparse
 from lowrank_optax.adapters.starts import as_start
 from lowrank_optax.adapters.structured import Fourier, HiRA, LoHa, LoKr
+from lowrank_optax.adapters.tensor_train import TensorTrain
 from lowrank_optax.adapters.trees import nested
+from lowrank_optax.adapters.vblora import VBLoRA
 from lowrank_optax.axes import Axes, Rank, Where, check_where, matrix_shape, rank_number, split_axes
 from lowrank_optax.boxes import closed, is_box, opened
 from lowrank_optax.linalg import highest_precision, working_dtype
@@ -26,9 +37,13 @@ from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.paths import listed, path_name, refuse_nnx
 from lowrank_optax.product import is_composed
 
-KINDS: dict[str, Any] = {
-    kind.kind: kind for kind in (LowRankChange, LoRA, Core, VeRA, LoHa, HiRA, LoKr, Fourier, Householder)
-}
+_CLASSES = (
+    *(LowRankChange, LoRA, ALLoRA, Components, DeLoRA, Core, SingularValues, Entries, Sparse),
+    *(VeRA, RandLoRA, VBLoRA, NOLA),
+    *(LoHa, HiRA, LoKr, Fourier, TensorTrain, MiSS, GraLoRA, C3A),
+    *(Householder, OFT, NeumannOFT, BOFT),
+)
+KINDS: dict[str, Any] = {kind.kind: kind for kind in _CLASSES}
 KINDS["dora"] = Over(LoRA)
 
 _SCALES = {"alpha/r": lambda alpha, r: alpha / r, "alpha/sqrt(r)": lambda alpha, r: alpha / r**0.5}
@@ -53,11 +68,12 @@ def init(
       key: a PRNG key. A kernel draws by its path, whatever other kernels there are.
       params: the parameters of the model, in any floating dtype.
       rank: an int, a fraction of `min(m, n)` in (0, 1], or a callable of path and shape.
-      kind: the parametrisation, see the table in `lowrank_optax.adapters`: `"lowrank"`, `"lora"`, `"dora"`, `"core"`,
-        `"vera"`, `"loha"`, `"hira"`, `"lokr"`, `"fourier"`, `"hra"`, or `magnitude(kind)` for DoRA's lengths over
-        another one.
-      start: `"zero"`, `"pissa"`, `"olora"`, or `gradient(grads)`.
-      alpha: the constant of the scale; None for s = 1 (for `"fourier"` s is alpha itself, 150 by default).
+      kind: the parametrisation, a name of the table in `lowrank_optax.adapters`, `variant(kind, ...)` for one with
+        other settings, or `magnitude(kind)` for DoRA's lengths over another one.
+      start: `"zero"`, `"pissa"`, `"olora"`, `"orthogonal"`, `gradient(grads)`, `activation(inputs)`, or
+        `sign_step(grads)`.
+      alpha: the constant of the scale; None for s = 1. For `"fourier"` and `"delora"` the scale is alpha itself, 150
+        and 15 by default. Kinds without a scale in the table make no use of it.
       scale: `"alpha/r"`, `"alpha/sqrt(r)"`, or `"none"` for s = 1.
       where: callable of the path and the shape that says which kernels change and how their axes split, as in
         `factorize`; `lowrank_optax.linen.kernels(model, x)` reads them off a model. Default: every leaf named `kernel`
@@ -110,10 +126,7 @@ def init(
     params = jax.tree_util.tree_map_with_path(one, params, is_leaf=is_leaf)
     if not found:
         raise ValueError(f"no kernel to change at rank {rank}. Parameters with two axes or more:\n{listed(seen)}")
-    delta = nested(found)
-    if any(isinstance(x, VeRA) for x in jax.tree.leaves(delta, is_leaf=lambda x: isinstance(x, VeRA))):
-        delta[BANK] = _bank(key, requests, delta)
-    return params, delta
+    return params, _with_bank(key, requests, list(found.values()), nested(found))
 
 
 def as_kind(kind: Any) -> Any:
@@ -125,6 +138,66 @@ def as_kind(kind: Any) -> Any:
     if not hasattr(kind, "make"):
         raise TypeError(f"kind is a name, one of {sorted(KINDS)}, or a class of changes, got {kind!r}")
     return kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A kind with other settings than its own."""
+
+    of: Any
+    settings: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """Its name in messages."""
+        name: str = self.of.kind
+        return name
+
+    @property
+    def bounded(self) -> bool:
+        """Whether its rank is at most `min(m, n)`."""
+        return bool(self.of.bounded)
+
+    @property
+    def own_alpha(self) -> float | None:
+        """The scale by default of a kind whose scale is `alpha` itself."""
+        own: float | None = self.of.own_alpha
+        return own
+
+    def make(self, request: Request) -> tuple[Any, Any]:
+        """The change at the start."""
+        made: tuple[Any, Any] = self.of.make(request, **self.settings)
+        return made
+
+
+def variant(kind: str, **settings: Any) -> Variant:
+    """A kind with other settings, for `init`.
+
+    These are `factors` of `boft`, `vectors` and `length` of `vblora`, `bases` of `nola`, `k` of `gralora`, `density`
+    of `rosa`.
+
+    Args:
+      kind: the name of the kind.
+      **settings: its settings, the arguments of its `make` beside the kernel.
+
+    Returns:
+      A kind for `init`.
+
+    Raises:
+      TypeError: for settings that the kind does not have.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> kind = lro.adapters.variant("vblora", vectors=16, length=3)
+      >>> params, delta = lro.adapters.init(jax.random.key(0), {"kernel": jnp.eye(6)}, rank=2, kind=kind)
+      >>> delta["kernel"].logits_A.shape, delta["vblora_bank"].vectors.shape
+      ((2, 2, 16), (16, 3))
+    """
+    of = as_kind(kind)
+    known = list(inspect.signature(of.make).parameters)[1:]
+    if not set(settings) <= set(known):
+        raise TypeError(f"kind {kind!r} has the settings {known}, got {sorted(settings)}")
+    return Variant(of, settings)
 
 
 def magnitude(kind: Any) -> Over:
@@ -165,8 +238,8 @@ def _request(
 
 
 def _scale(kind: Any, alpha: float | None, scale: str, rank: int) -> float:
-    if kind is Fourier:
-        return 150.0 if alpha is None else float(alpha)
+    if kind.own_alpha is not None:
+        return float(kind.own_alpha if alpha is None else alpha)
     return 1.0 if alpha is None or scale == "none" else float(_SCALES[scale](alpha, rank))
 
 
@@ -176,11 +249,14 @@ def _without(request: Request, taken: Any) -> jax.Array:
     return (request.W - to_dense(taken)).reshape(request.shape)
 
 
-def _bank(key: jax.Array, requests: list[Request], delta: dict[str, Any]) -> Any:
-    ranks = {request.rank for request in requests}
-    if len(ranks) > 1:
-        raise ValueError(f"layers of kind 'vera' share one bank and have one rank, got {sorted(ranks)}")
-    if BANK in delta:
-        raise ValueError(f"the parameters have an entry {BANK!r}, the name of the bank of kind 'vera'")
-    sizes = [(request.m, request.n) for request in requests]
-    return draw_bank(jax.random.fold_in(key, zlib.crc32(BANK.encode())), sizes, requests[0].rank, requests[0].W.dtype)
+def _with_bank(key: jax.Array, requests: list[Request], changes: list[Any], delta: dict[str, Any]) -> dict[str, Any]:
+    """The tree with the bank that its changes share, if they do."""
+    shared = shared_in(changes)
+    if not shared:
+        return delta
+    kind = type(shared[0])
+    name = kind.bank_name
+    if name in delta:
+        raise ValueError(f"the parameters have an entry {name!r}, the name of the bank of kind {kind.kind!r}")
+    of_bank = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    return {**delta, name: kind.draw_bank(of_bank, requests, shared)}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax.adapters.core import Core
+from lowrank_optax.adapters.core import Core, SingularValues
 from lowrank_optax.adapters.lora import LoRA
 from lowrank_optax.adapters.lowrank import LowRankChange, as_change
 from lowrank_optax.adapters.magnitude import Magnitude
@@ -38,7 +38,7 @@ def export(
     base_model: str | None = None,
     save: Mapping[str, Any] | None = None,
 ) -> None:
-    r"""Writes changes of kinds `lowrank`, `lora`, `core` and `dora` as PEFT stores and loads them.
+    r"""Writes changes of kinds `lowrank`, `lora`, `core`, `svfit` and `dora` as PEFT stores and loads them.
 
     `lora_A` and `lora_B` are A and B transposed and :math:`\alpha = s r`. A change :math:`s\,U S V^\top` is written as
     :math:`A = U S`, :math:`B = V^\top`. Layers whose rank or alpha differs from the most frequent ones are in
@@ -99,10 +99,13 @@ def _entry(path: str, change: Any) -> Entry:
     if isinstance(change, LoRA):
         W = LowRank(change.A, jnp.eye(change.A.shape[-1], dtype=change.A.dtype), jnp.moveaxis(change.B, 0, -1))
         scale = float(change.scale)
-    elif isinstance(change, LowRankChange | Core):
+    elif isinstance(change, LowRankChange | Core | SingularValues):
         W = change.part(None)
     else:
-        raise ValueError(f"the change of {path!r} is a {type(change).__name__}, which has no LoRA file: merge it")
+        raise ValueError(
+            f"the change of {path!r} is a {type(change).__name__}, which has no LoRA file: merge it, or "
+            "make it a pair by as_lora(params, delta)"
+        )
     a, b = lora_pair(W)
     return Entry(a, b, scale * W.width)
 

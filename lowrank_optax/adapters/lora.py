@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.change import Change, node
+from lowrank_optax.adapters.change import Change, node, scaled_identity
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.axes import Axes
 from lowrank_optax.lowrank import LowRank
@@ -38,7 +38,7 @@ class LoRA(Change):
         change = cls(request.rows(left), request.columns(right), request.number(request.scale))
         if not corrects:
             return change, None
-        return change, LowRank(left, _scaled_identity(change.scale, request.rank), jnp.swapaxes(right, -1, -2))
+        return change, LowRank(left, scaled_identity(change.scale, request.rank), jnp.swapaxes(right, -1, -2))
 
     @property
     def batch(self) -> int:
@@ -53,9 +53,4 @@ class LoRA(Change):
 
     def part(self, base: Any) -> LowRank:
         scale = jax.lax.stop_gradient(self.scale)
-        return LowRank(self.A, _scaled_identity(scale, self.A.shape[-1]), jnp.moveaxis(self.B, self.batch, -1))
-
-
-def _scaled_identity(scale: jax.Array, rank: int) -> jax.Array:
-    eye = jnp.eye(rank, dtype=scale.dtype)
-    return scale[..., None, None] * eye.reshape((1,) * scale.ndim + eye.shape)
+        return LowRank(self.A, scaled_identity(scale, self.A.shape[-1]), jnp.moveaxis(self.B, self.batch, -1))

@@ -120,6 +120,11 @@ class Over:
         """Whether its rank is at most `min(m, n)`."""
         return self.over.bounded
 
+    @property
+    def own_alpha(self) -> float | None:
+        """The scale by default of a kind whose scale is `alpha` itself."""
+        return self.over.own_alpha
+
     def make(self, request: Request) -> tuple[Any, Any]:
         """The change and lengths at the start: what the change takes from W0 it gives V, so norms are those of W0."""
         change, taken = self.over.make(request)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import optax
 
 from lowrank_optax.adapters.lora import LoRA
 from lowrank_optax.boxes import unwrapped
@@ -69,3 +71,56 @@ def _is_state(tree: Any) -> bool:
 
 
 _FIELDS = ("A", "B", "scale")
+
+
+class PairsState(NamedTuple):
+    """The state of `stateful`.
+
+    Attributes:
+      count: steps taken.
+      pairs: a state in the place of each pair, nothing in the place of other arrays.
+    """
+
+    count: jax.Array  # type: ignore[assignment]
+    pairs: Any
+
+
+def stateful(
+    start: Callable[[LoRA], Any], step: Callable[[LoRA, LoRA, Any, jax.Array], tuple[LoRA, Any]]
+) -> optax.GradientTransformation:
+    """A transformation of the gradients of pairs with a state for each; other gradients pass.
+
+    Args:
+      start: the state of a pair.
+      step: the direction and the new state of a gradient, a pair, its state, and the number of the step from 1.
+    """
+
+    def init(delta: Any) -> PairsState:
+        states = jax.tree.map(lambda x: start(x) if is_pair(x) else optax.MaskedNode(), delta, is_leaf=is_pair)
+        return PairsState(jnp.zeros((), jnp.int32), states)
+
+    def update(grads: Any, state: PairsState, delta: Any = None) -> tuple[Any, PairsState]:
+        if delta is None:
+            raise ValueError("this rule needs the changes: update(grads, state, params)")
+        count = optax.safe_increment(state.count)
+
+        def one(g: Any, x: Any, of_pair: Any) -> _Step:
+            return _Step(*step(g, x, of_pair, count)) if is_pair(g) else _Step(g, of_pair)
+
+        steps = jax.tree.map(one, grads, delta, state.pairs, is_leaf=is_pair)
+        take = lambda i: jax.tree.map(lambda x: x[i], steps, is_leaf=lambda x: isinstance(x, _Step))  # noqa: E731
+        return take(0), PairsState(count, take(1))
+
+    return optax.GradientTransformation(init, update)
+
+
+class _Step(NamedTuple):
+    direction: Any
+    state: Any
+
+
+def power_of_gram(gram: jax.Array, power: float) -> jax.Array:
+    """A negative power of a symmetric positive semidefinite matrix, on the space of its eigenvalues above rounding."""
+    w, q = jnp.linalg.eigh(gram)
+    floor = gram.shape[0] * jnp.finfo(w.dtype).eps * jnp.maximum(w[-1:], jnp.finfo(w.dtype).tiny)
+    return (q * jnp.where(w > floor, jnp.where(w > floor, w, 1.0) ** power, 0.0)[None]) @ q.T

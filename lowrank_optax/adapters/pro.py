@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.adapters.lora import LoRA
-from lowrank_optax.adapters.pairs import flatten_pair, is_pair, on_pairs
+from lowrank_optax.adapters.pairs import flatten_pair, is_pair, on_pairs, power_of_gram
 from lowrank_optax.layout import map_matrices
 
 
@@ -73,14 +73,7 @@ def _numbers(pair: LoRA, damping: Any, dtype: Any) -> tuple[jax.Array, jax.Array
 
 def _inverses(A: jax.Array, B: jax.Array, damping: jax.Array) -> tuple[jax.Array, jax.Array]:
     eye = jnp.eye(A.shape[1], dtype=A.dtype)
-    return _inverse(A.T @ A + damping * eye), _inverse(B @ B.T + damping * eye)
-
-
-def _inverse(x: jax.Array) -> jax.Array:
-    """The inverse of a symmetric positive semidefinite matrix on the space of its eigenvalues above rounding."""
-    w, q = jnp.linalg.eigh(x)
-    floor = x.shape[0] * jnp.finfo(w.dtype).eps * w[-1:]
-    return (q * jnp.where(w > floor, 1.0 / jnp.where(w > floor, w, 1.0), 0.0)[None]) @ q.T
+    return power_of_gram(A.T @ A + damping * eye, -1), power_of_gram(B @ B.T + damping * eye, -1)
 
 
 def _adjusted(gA: jax.Array, gB: jax.Array, A: jax.Array, B: jax.Array, s: jax.Array, damping: jax.Array) -> Any:

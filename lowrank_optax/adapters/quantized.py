@@ -1,4 +1,4 @@
-"""Frozen kernels in eight bits."""
+"""Frozen kernels in eight or four bits."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lowrank_optax.product import Product, is_composed
 
 @node
 class Quantized:
-    r"""A frozen kernel :math:`W_{ij} = v_{ij}\, s_j` of 8-bit integers and a scale for each output.
+    r"""A frozen kernel :math:`W_{ij} = v_{ij}\, s_j` of 8-bit or 4-bit integers and a scale for each output.
 
     A layer multiplies with the integers and scales its outputs: no kernel in floating point is kept.
 
     Attributes:
-      values: int8, in the shape of the kernel.
+      values: int8 or int4, in the shape of the kernel.
       scale: `(batch..., n)` in float32 or better.
     """
 
@@ -48,15 +48,11 @@ class Quantized:
     @property
     def axes(self) -> Axes:
         """How the axes of the kernel split."""
-        batch = self.scale.ndim - 1
-        for inputs in range(1, self.ndim - batch):
-            if matrix_shape(self.shape, Axes(batch, inputs))[1] == self.scale.shape[-1]:
-                return Axes(batch, inputs)
-        raise ValueError(f"scales of shape {self.scale.shape} are none of a kernel of shape {self.shape}")
+        return _axes(self.shape, self.scale, self.scale.ndim - 1)
 
     def through(self, product: Product) -> jax.Array:
         """The output of a layer with this kernel."""
-        y = product.times(self.values)
+        y = product.times(self.values.astype(jnp.int8))  # JAX does not promote int4
         scale = self.scale.reshape(*self.scale.shape[:-1], *self.shape[sum(self.axes) :])
         return y * product.columns(scale.astype(y.dtype), y.ndim)
 
@@ -68,17 +64,77 @@ class Quantized:
         return self.values.astype(self.scale.dtype) * scale
 
 
-def quantize(params: Any, *, where: Where | None = None) -> Any:
-    """Frozen kernels rounded to 8 bits, for bases that are not trained; changes run on them as on others.
+@node
+class GroupQuantized:
+    r"""A frozen kernel :math:`W_{ij} = v_{ij}\, s_{g(i)\,j}` with a scale for each group of inputs and each output.
 
-    Each output has the scale `max |W| / 127`. Starts that correct the base come first: `init`, then `quantize`.
+    A layer multiplies with the kernel in floating point, which it makes for itself and does not keep.
+
+    Attributes:
+      values: int4 or int8, in the shape of the kernel.
+      scale: `(batch..., groups, n)` in float32 or better; a group has `ceil(m / groups)` inputs.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the kernel."""
+        return tuple(self.values.shape)
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the kernel."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the kernel as an array."""
+        return self.scale.dtype
+
+    @property
+    def axes(self) -> Axes:
+        """How the axes of the kernel split."""
+        return _axes(self.shape, self.scale, self.scale.ndim - 2)
+
+    def through(self, product: Product) -> jax.Array:
+        """The output of a layer with this kernel."""
+        return product.times(self.to_dense())
+
+    def to_dense(self) -> jax.Array:
+        """The kernel as an array."""
+        m, _ = matrix_shape(self.shape, self.axes)
+        rows = jnp.repeat(self.scale, -(-m // self.scale.shape[-2]), axis=-2)[..., :m, :]
+        return self.values.astype(rows.dtype) * rows.reshape(self.shape)
+
+
+def _axes(shape: tuple[int, ...], scale: jax.Array, batch: int) -> Axes:
+    """The split of a kernel whose outputs have the scales of the last axis."""
+    for inputs in range(1, len(shape) - batch):
+        if matrix_shape(shape, Axes(batch, inputs))[1] == scale.shape[-1]:
+            return Axes(batch, inputs)
+    raise ValueError(f"scales of shape {scale.shape} are none of a kernel of shape {shape}")
+
+
+def quantize(params: Any, *, bits: int = 8, group: int | None = None, where: Where | None = None) -> Any:
+    r"""Frozen kernels rounded to 8 or 4 bits, for bases that are not trained; changes run on them as on others.
+
+    With integers up to :math:`q = 2^{b - 1} - 1` each output has the scale :math:`\max |W| / q`, or one for each group
+    of inputs. Starts that correct the base come first: `init`, then `quantize`.
 
     Args:
       params: the parameters of the base model.
+      bits: 8 or 4. JAX holds 4-bit integers as `int4`, of which a device may keep two in a byte.
+      group: the most inputs that share a scale, 32 or 64 say; None for all of them. The kernel is then made in floating
+        point in each layer in turn.
       where: which kernels, as in `init`.
 
     Returns:
-      The tree with `Quantized` kernels, which run in `lowrank_optax.linen.apply` and `factored`.
+      The tree with `Quantized` or `GroupQuantized` kernels, which run in `lowrank_optax.linen.apply` and `factored`.
+
+    Raises:
+      ValueError: for another number of bits, or an empty group.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lowrank_optax as lro
@@ -90,6 +146,11 @@ def quantize(params: Any, *, where: Where | None = None) -> Any:
       (dtype('int8'), (2, 6))
     """
     check_where(where)
+    if bits not in (4, 8):
+        raise ValueError(f"bits is 8 or 4, got {bits!r}")
+    if group is not None and group < 1:
+        raise ValueError(f"group is the number of inputs that share a scale, got {group!r}")
+    most, dtype = 2.0 ** (bits - 1) - 1, jnp.int8 if bits == 8 else jnp.int4
 
     def one(path: Any, box: Any) -> Any:
         leaf = opened(box)
@@ -97,10 +158,18 @@ def quantize(params: Any, *, where: Where | None = None) -> Any:
         axes = None if is_lowrank(leaf) or is_composed(leaf) else split_axes(path_name(path), shape, where, 1)
         if axes is None:
             return box
-        W = jnp.asarray(leaf).astype(working_dtype(leaf)).reshape(*shape[: axes.batch], *matrix_shape(shape, axes))
-        scale = jnp.max(jnp.abs(W), axis=-2) / 127.0
-        values = jnp.round(W / jnp.where(scale > 0, scale, 1.0)[..., None, :]).astype(jnp.int8)
-        return closed(box, Quantized(values.reshape(shape), scale))
+        batch, (m, n) = shape[: axes.batch], matrix_shape(shape, axes)
+        W = jnp.asarray(leaf).astype(working_dtype(leaf)).reshape(*batch, m, n)
+        groups = 1 if group is None else -(-m // group)
+        each = -(-m // groups)
+        rows = jnp.pad(W, [(0, 0)] * len(batch) + [(0, each * groups - m), (0, 0)])
+        rows = rows.reshape(*batch, groups, each, n)
+        scale = jnp.max(jnp.abs(rows), axis=-2) / most
+        values = jnp.round(rows / jnp.where(scale > 0, scale, 1.0)[..., None, :]).astype(dtype)
+        values = values.reshape(*batch, groups * each, n)[..., :m, :].reshape(shape)
+        if group is None:
+            return closed(box, Quantized(values, scale[..., 0, :]))
+        return closed(box, GroupQuantized(values, scale))
 
     is_leaf = lambda x: is_box(x) or is_lowrank(x) or is_composed(x)  # noqa: E731
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_leaf)

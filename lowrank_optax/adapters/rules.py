@@ -10,9 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.adapters.allocate import Allocation, allocating
+from lowrank_optax.adapters.components import changes_of
 from lowrank_optax.adapters.lora import LoRA
+from lowrank_optax.adapters.muon import scale_by_muon
 from lowrank_optax.adapters.pairs import flatten_pair, is_pair, on_pairs, with_nodes, without_nodes
 from lowrank_optax.adapters.pro import pro
+from lowrank_optax.adapters.rite import scale_by_rite
 from lowrank_optax.adapters.trees import labels
 from lowrank_optax.geometry import Geometry, Tangent
 from lowrank_optax.layout import map_matrices
@@ -27,6 +31,9 @@ def optimizer(
     ratio: float | jax.Array = 16.0,
     damping: float | jax.Array | None = None,
     geometry: Geometry | None = None,
+    b1: float | jax.Array | None = None,
+    b2: float | jax.Array = 0.999,
+    rank: Allocation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The optimizer of a tree of changes: `inner` on its trained arrays, no state for the others.
 
@@ -40,25 +47,35 @@ def optimizer(
                    the size of its state), and its update is brought to the factors.
     `frozen_a`     LoRA-FA: A is not trained and has no state. With a damping :math:`s^{-2} (A^\top A + \lambda I)^{-1}
                    G_B` goes to `inner`.
+    `muon`         Polar factors of the momenta of both factors go to `inner`, with a damping those of LoRA-Muon, see
+                   `scale_by_muon`. Its learning rate is the spectral norm of a step.
+    `rite`         LoRA-RITE: a direction that does not depend on how A B is shared between A and B goes to `inner`, see
+                   `scale_by_rite`. It has both moments, so `inner` is `optax.sgd(...)`.
     `manifold`     `fixed_rank(inner, geometry=geometry)` for kernels of kind `lowrank`; like
                    `optimizer(lro.lowrank_adam(...))`.
     ============== ======================================================================================
 
-    Arrays that belong to no pair get `inner` under every rule.
+    Arrays that belong to no pair get `inner` under every rule, also below `muon` and `rite`, where `inner` has no
+    moments: choose a kind without such arrays, or `optax.partition`.
 
     Args:
       inner: a transformation of Optax, with its learning rate.
       rule: a rule of the table.
       ratio: of `plus`, the step of B over the step of A.
-      damping: lambda of `precondition`, default 1e-2, of `pro`, default 1e-8, and of `frozen_a`, default no
-        preconditioning. A small one makes the first steps from B = 0 large.
+      damping: lambda of `precondition`, default 1e-2, of `pro` and `rite`, default 1e-8, of `frozen_a`, default no
+        preconditioning, and of `muon`, default each factor by itself. A small one makes the first steps from B = 0
+        large.
       geometry: of `manifold`, see `fixed_rank`; default `Tangent()`, which leaves a zero change sooner than the others.
+      b1: the decay of the momentum of `muon`, default 0.95, or of the first moment of `rite`, default 0.9.
+      b2: the decay of the second moment of `rite`.
+      rank: `lowrank_optax.adapters.budget(...)`, the components that changes of kind `adalora` keep.
 
     Returns:
       An Optax transformation of trees of changes. Scales, frozen frames and banks get zero updates.
 
     Raises:
-      ValueError: for an unknown rule; from `init` if no change in the tree is of the kind that the rule is for.
+      ValueError: for an unknown rule; from `init` if no change in the tree is of the kind that the rule, or `rank`, is
+        for.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
@@ -70,12 +87,18 @@ def optimizer(
 
     References:
       LoRA+: arXiv:2402.12354, section 4. Preconditioning: arXiv:2402.02347, equation 3. LoRA-Pro: arXiv:2407.18242,
-      theorems 2.1 and 2.2. LoRA-FA: arXiv:2308.03303.
+      theorems 2.1 and 2.2. LoRA-FA: arXiv:2308.03303. LoRA-Muon: arXiv:2606.12921. LoRA-RITE: arXiv:2410.20625.
     """
     if rule not in RULES:
         raise ValueError(f"rule is one of {sorted(RULES)}, got {rule!r}")
-    options = {"ratio": ratio, "damping": damping, "geometry": geometry}
+    if rank is not None and not isinstance(rank, Allocation):
+        raise TypeError(
+            f"rank is lro.adapters.budget(...), got {type(rank).__name__}; policies of kernels on the manifold go into "
+            "their geometry, geometry=lro.Tangent(rank=...)"
+        )
+    options = {"ratio": ratio, "damping": damping, "geometry": geometry, "b1": b1, "b2": b2}
     tx = optax.with_extra_args_support(RULES[rule](optax.with_extra_args_support(inner), options))
+    tx = tx if rank is None else allocating(tx, rank)
     needed = is_lowrank if rule == "manifold" else None if rule == "plain" else is_pair
 
     def init(delta: Any) -> Any:
@@ -84,6 +107,8 @@ def optimizer(
         if needed is not None and jax.tree.leaves(delta) and not any(map(needed, _nodes(delta))):
             kind = "'lowrank'" if rule == "manifold" else "'lora' or 'dora'"
             raise ValueError(f"rule {rule!r} is for changes of kind {kind}, and the tree has none")
+        if rank is not None and jax.tree.leaves(delta) and not changes_of(delta):
+            raise ValueError("rank=budget(...) is for changes of kind 'adalora', and the tree has none")
         return tx.init(delta)
 
     def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
@@ -144,6 +169,17 @@ def _frozen_a(inner: Any, options: dict[str, Any]) -> Any:
     return optax.chain(optax.stateless(lambda grads, delta: on_pairs(scaled, grads, delta)), trained(inner, without_A))
 
 
+def _muon(inner: Any, options: dict[str, Any]) -> Any:
+    b1 = 0.95 if options["b1"] is None else options["b1"]
+    return optax.chain(scale_by_muon(b1, options["damping"]), trained(inner))
+
+
+def _rite(inner: Any, options: dict[str, Any]) -> Any:
+    b1 = 0.9 if options["b1"] is None else options["b1"]
+    damping = 1e-8 if options["damping"] is None else options["damping"]
+    return optax.chain(scale_by_rite(b1, options["b2"], damping), trained(inner))
+
+
 def _manifold(inner: Any, options: dict[str, Any]) -> Any:
     geometry = options["geometry"]
     return trained(fixed_rank(inner, geometry=Tangent() if geometry is None else geometry))
@@ -159,6 +195,8 @@ RULES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "precondition": _precondition,
     "pro": _pro,
     "frozen_a": _frozen_a,
+    "muon": _muon,
+    "rite": _rite,
     "manifold": _manifold,
 }
 

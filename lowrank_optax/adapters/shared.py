@@ -1,25 +1,104 @@
-r"""`vera`: :math:`W = W_0 + A\,\mathrm{diag}(d)\,B^\top \mathrm{diag}(b)` with one random bank for all layers."""
+r"""Changes of all layers from one bank: the base classes, and `vera`."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.change import Change, node
+from lowrank_optax.adapters.change import Change, diagonals, node
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.axes import Axes
 from lowrank_optax.lowrank import LowRank
 
-BANK = "vera_bank"  # the name of the bank in the tree of changes
+
+class SharedBank:
+    """Arrays that all layers share, which a tree of changes holds once: the base class of banks.
+
+    Attributes:
+      label: `"trained"` or `"frozen"`, for all of its arrays.
+    """
+
+    label: ClassVar[str] = "frozen"
+
+    def labels(self) -> Any:
+        """The label in the place of every array."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return dataclasses.replace(self, **{field.name: self.label for field in fields})  # type: ignore[type-var]
+
+
+class Shared(Change):
+    """A change with a `bank` that it shares with other layers: the base class of such kinds.
+
+    Its field `bank` is None in a tree of changes, which holds the bank once under `bank_name`.
+
+    Attributes:
+      bank_name: the name of the bank in the tree of changes.
+    """
+
+    frozen: ClassVar[frozenset[str]] = frozenset({"bank", "scale"})
+    bounded: ClassVar[bool] = False
+    bank_name: ClassVar[str]
+
+    bank: Any
+
+    @classmethod
+    def draw_bank(cls, key: jax.Array, requests: Sequence[Request], changes: Sequence[Any]) -> SharedBank:
+        """The bank for these layers.
+
+        Raises:
+          ValueError: for layers that cannot share one.
+        """
+        raise NotImplementedError
+
+    def with_bank(self, bank: Any) -> Any:
+        """The change with a bank for each kernel of the stack, so that `nn.scan` slices it like other arrays."""
+        batch = jax.tree.leaves(self)[0].shape[: self.batch]
+        each = jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), bank)
+        return dataclasses.replace(self, bank=each)  # type: ignore[type-var]
+
+    def needed(self) -> Any:
+        """The bank.
+
+        Raises:
+          ValueError: for a change out of its tree.
+        """
+        if self.bank is None:
+            raise ValueError(
+                f"a change of kind {self.kind!r} needs the bank of its tree: lro.adapters.attach(params, delta)"
+            )
+        return self.bank
+
+
+def is_shared(x: Any) -> bool:
+    """Whether x is a change that shares a bank."""
+    return isinstance(x, Shared)
+
+
+def shared_in(tree: Any) -> list[Any]:
+    """The changes of a tree that share a bank, also inside of others."""
+    return [x for x in jax.tree.leaves(tree, is_leaf=is_shared) if is_shared(x)]
+
+
+def equal_ranks(requests: Sequence[Request], kind: str) -> int:
+    """The rank of all layers.
+
+    Raises:
+      ValueError: if they differ.
+    """
+    ranks = {request.rank for request in requests}
+    if len(ranks) > 1:
+        raise ValueError(f"layers of kind {kind!r} share one bank and have one rank, got {sorted(ranks)}")
+    return ranks.pop()
 
 
 @node
-class Bank:
-    """Random factors that all layers share, not trained; a layer of m inputs and n outputs uses the first rows.
+class Bank(SharedBank):
+    """Random factors of kind `vera`, not trained; a layer of m inputs and n outputs uses the first rows.
 
     Attributes:
       A: `(most inputs, r)`.
@@ -29,14 +108,9 @@ class Bank:
     A: jax.Array
     B: jax.Array
 
-    def labels(self) -> Any:
-        """Nothing of it is trained."""
-        label: Any = "frozen"
-        return Bank(label, label)
-
 
 @node
-class VeRA(Change):
+class VeRA(Shared):
     r"""The change :math:`A\,\mathrm{diag}(d)\,B^\top\,\mathrm{diag}(b)` of a kernel, `n + r` trained numbers.
 
     Attributes:
@@ -49,8 +123,7 @@ class VeRA(Change):
     """
 
     kind: ClassVar[str] = "vera"
-    bounded: ClassVar[bool] = False
-    frozen: ClassVar[frozenset[str]] = frozenset({"bank"})
+    bank_name: ClassVar[str] = "vera_bank"
 
     b: jax.Array
     d: jax.Array
@@ -61,6 +134,16 @@ class VeRA(Change):
         request.start.only_zero(cls.kind)
         b = request.columns(jnp.zeros((*request.batch, request.n), request.W.dtype))
         return cls(b, jnp.full((*request.batch, request.rank), 0.1, request.W.dtype)), None
+
+    @classmethod
+    def draw_bank(cls, key: jax.Array, requests: Sequence[Request], changes: Sequence[Any]) -> Bank:
+        """Kaiming uniform, as in the paper."""
+        rank, dtype = equal_ranks(requests, cls.kind), requests[0].W.dtype
+        m, n = max(request.m for request in requests), max(request.n for request in requests)
+        of_A, of_B = jax.random.split(key)
+        A = jax.random.uniform(of_A, (m, rank), dtype, -1, 1) * (6 / m) ** 0.5
+        B = jax.random.uniform(of_B, (n, rank), dtype, -1, 1) * (6 / rank) ** 0.5
+        return Bank(A, B)
 
     @property
     def batch(self) -> int:
@@ -73,28 +156,10 @@ class VeRA(Change):
         b, outputs = self.batch, self.b.shape[self.batch :]
         return shape[:b] == self.b.shape[:b] and shape[len(shape) - len(outputs) :] == outputs and b < len(shape) - 1
 
-    def with_bank(self, bank: Bank) -> VeRA:
-        """The change with a bank for each kernel of the stack, so that `nn.scan` slices it like other arrays."""
-        batch = self.d.shape[:-1]
-        A, B = (jnp.broadcast_to(x, (*batch, *x.shape)) for x in (bank.A, bank.B))
-        return dataclasses.replace(self, bank=Bank(A, B))
-
     def part(self, base: Any) -> LowRank:
-        if self.bank is None:
-            raise ValueError("a change of kind 'vera' needs the bank of its tree: lro.adapters.attach(params, delta)")
+        bank = self.needed()
         shape, batch, inner = tuple(base.shape), self.d.shape[:-1], sum(self.axes(tuple(base.shape)))
         m, n = math.prod(shape[self.batch : inner]), math.prod(shape[inner:])
-        A, B = jax.lax.stop_gradient((self.bank.A[..., :m, :], self.bank.B[..., :n, :]))
+        A, B = jax.lax.stop_gradient((bank.A[..., :m, :], bank.B[..., :n, :]))
         V = self.b.reshape(*batch, n, 1) * B
-        eye = jnp.eye(self.d.shape[-1], dtype=self.d.dtype)
-        S = self.d[..., None, :] * eye.reshape((1,) * self.batch + eye.shape)
-        return LowRank(A.reshape(*shape[:inner], -1), S, V.reshape(*batch, *shape[inner:], -1))
-
-
-def draw_bank(key: jax.Array, sizes: list[tuple[int, int]], rank: int, dtype: Any) -> Bank:
-    """A bank for kernels of these sizes (m, n), Kaiming uniform as in the paper."""
-    m, n = (max(size) for size in zip(*sizes, strict=True))
-    of_A, of_B = jax.random.split(key)
-    A = jax.random.uniform(of_A, (m, rank), dtype, -1, 1) * (6 / m) ** 0.5
-    B = jax.random.uniform(of_B, (n, rank), dtype, -1, 1) * (6 / rank) ** 0.5
-    return Bank(A, B)
+        return LowRank(A.reshape(*shape[:inner], -1), diagonals(self.d), V.reshape(*batch, *shape[inner:], -1))

@@ -3,7 +3,7 @@ r"""Where a pair of factors starts: :math:`D = A B` as matrices, and whether W0 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ class Start:
     """How a change starts: the base class of all starts."""
 
     name: str = "zero"
+    kinds: ClassVar[str] = "'lowrank', 'lora' and 'dora'"
 
     def pair(self, request: Request) -> tuple[jax.Array, jax.Array, bool]:
         """A `(batch..., m, r)`, B `(batch..., r, n)`, and whether `s A B` is taken from W0, so that W starts at W0."""
@@ -30,9 +31,13 @@ class Start:
         return None
 
     def only_zero(self, kind: str) -> None:
-        """Refuses other starts than zero for kinds that are no pairs."""
+        """Refuses other starts than zero for kinds that have no other."""
         if not isinstance(self, Zero):
-            raise ValueError(f"kind {kind!r} starts at zero, start={self.name!r} is for 'lowrank', 'lora' and 'dora'")
+            raise self.refused(kind)
+
+    def refused(self, kind: str) -> ValueError:
+        """The error of a kind that cannot start so."""
+        return ValueError(f"kind {kind!r} starts at zero, start={self.name!r} is for {self.kinds}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +72,29 @@ class OLoRA(Start):
 
     def pair(self, request: Request) -> tuple[jax.Array, jax.Array, bool]:
         return *map_replicated(_olora, request.W, rank=request.rank), True
+
+
+@dataclasses.dataclass(frozen=True)
+class Orthogonal(Start):
+    r"""Factors that are not zero and whose product is: :math:`A = X Q_1 / 10`, :math:`B = Q_2^\top Y / 10`.
+
+    The rows of :math:`Q_1` and :math:`Q_2` are the even and the odd ones of an orthogonal r x r matrix, X and Y are
+    Gaussian. It is PEFT's `init_lora_weights="orthogonal"`.
+    """
+
+    name: str = "orthogonal"
+
+    def pair(self, request: Request) -> tuple[jax.Array, jax.Array, bool]:
+        r = request.rank
+        if r % 2:
+            raise ValueError(f"start='orthogonal' needs an even rank, and that of {request.name!r} is {r}")
+        Q = map_replicated(_orthogonal, request.normal(3, r, r))
+        X, Y = request.normal(0, request.m, r // 2, std=0.1), request.normal(1, r // 2, request.n, std=0.1)
+        A = jnp.einsum("...mp,...pr->...mr", X, Q[..., 0::2, :], precision="highest")
+        return A, jnp.einsum("...pr,...pn->...rn", Q[..., 1::2, :], Y, precision="highest"), False
+
+    def bases(self, request: Request) -> tuple[jax.Array, jax.Array] | None:
+        raise ValueError("start='orthogonal' is for pairs, and kind 'lowrank' starts at zero between orthonormal bases")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +140,76 @@ class Gradient(Start):
         return map_replicated(_leading, self.of(request), rank=request.rank)
 
 
+@dataclasses.dataclass(frozen=True)
+class SignStep(Gradient):
+    r"""The first step of sign descent, for kind `core`: :math:`-h\,\mathrm{sign}(G)` to rank r, LoRA-SB's start.
+
+    W starts off W0 by this step, on purpose.
+
+    Attributes:
+      step: h.
+    """
+
+    step: float = 1e-3
+    name: str = "sign_step"
+    kinds: ClassVar[str] = "'core'"
+
+    def of(self, request: Request) -> jax.Array:
+        """The step of the kernel as matrices."""
+        return -self.step * jnp.sign(super().of(request))
+
+    def pair(self, request: Request) -> tuple[jax.Array, jax.Array, bool]:
+        raise self.refused("lora")
+
+    def bases(self, request: Request) -> tuple[jax.Array, jax.Array] | None:
+        raise self.refused("lowrank")
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation(Start):
+    r"""The leading right singular vectors of the inputs of a layer less their mean,
+
+    .. math:: X - \bar X = U \Sigma V^\top, \quad A = V_{1..r}, \quad B = 0.
+
+    A change of kind `lowrank` starts at zero with these inputs and random outputs.
+
+    Attributes:
+      inputs: inputs of kernels by path, one example in each row.
+
+    References:
+      arXiv:2410.07170, without its redistribution of ranks. PEFT adds up batches and takes the mean away
+      too.
+    """
+
+    inputs: Any
+    name: str = "activation"
+
+    def of(self, request: Request) -> jax.Array:
+        """The leading directions `(batch..., m, r)` of the inputs."""
+        if request.name not in self.inputs:
+            raise ValueError(f"start=activation(...) has no inputs of {request.name!r}")
+        X = jnp.asarray(self.inputs[request.name])
+        batch, m = request.batch, request.m
+        inner = request.shape[len(batch) : request.split.batch + request.split.inputs]
+        if X.shape[: len(batch)] != batch or X.shape[X.ndim - len(inner) :] != inner or X.ndim <= len(batch + inner):
+            raise ValueError(
+                f"the inputs of {request.name!r} have shape {X.shape}, and its kernel takes {(*batch, '...', *inner)}"
+            )
+        X = X.astype(request.W.dtype).reshape(*batch, -1, m)
+        if X.shape[-2] <= request.rank:
+            raise ValueError(
+                f"{X.shape[-2]} inputs of {request.name!r} less their mean have no {request.rank} directions"
+            )
+        return map_replicated(_right, X, rank=request.rank)
+
+    def pair(self, request: Request) -> tuple[jax.Array, jax.Array, bool]:
+        zero = jnp.zeros((*request.batch, request.rank, request.n), request.W.dtype)
+        return self.of(request), zero, False
+
+    def bases(self, request: Request) -> tuple[jax.Array, jax.Array] | None:
+        return self.of(request), request.normal(2, request.n, request.rank)
+
+
 def gradient(gradients: Any, *, gamma: float = 16.0) -> Gradient:
     """The start from gradients of the loss with respect to the dense kernels, see `Gradient`.
 
@@ -129,21 +227,67 @@ def gradient(gradients: Any, *, gamma: float = 16.0) -> Gradient:
       >>> start = lro.adapters.gradient(grads)
       >>> params, delta = lro.adapters.init(jax.random.key(0), params, rank=2, kind="lora", start=start)
     """
-    leaves = jax.tree_util.tree_leaves_with_path(gradients, is_leaf=is_lowrank)
-    return Gradient({path_name(path): x for path, x in leaves}, gamma)
+    return Gradient(by_path(gradients), gamma)
 
 
-STARTS: dict[str, Start] = {start.name: start for start in (Zero(), PiSSA(), OLoRA())}
+def sign_step(gradients: Any, step: float = 1e-3) -> SignStep:
+    """The start of kind `core` at a first step of sign descent, see `SignStep`.
+
+    Args:
+      gradients: a tree like the parameters, the sum over some batches, say.
+      step: the size of the step.
+
+    Returns:
+      A start for `init`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> params = {"kernel": jnp.eye(6)}
+      >>> start = lro.adapters.sign_step({"kernel": jnp.arange(36.0).reshape(6, 6)})
+      >>> params, delta = lro.adapters.init(jax.random.key(0), params, rank=2, kind="core", start=start)
+    """
+    return SignStep(by_path(gradients), step=step)
+
+
+def activation(inputs: Any) -> Activation:
+    """The start from inputs of the layers, see `Activation`.
+
+    Args:
+      inputs: a tree like the parameters that holds, for each kernel, inputs of its layer over a few batches,
+        `(batch..., examples..., in...)`.
+
+    Returns:
+      A start for `init`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> params = {"kernel": jnp.eye(6)}
+      >>> start = lro.adapters.activation({"kernel": jax.random.normal(jax.random.key(1), (32, 6))})
+      >>> params, delta = lro.adapters.init(jax.random.key(0), params, rank=2, kind="lora", start=start)
+    """
+    return Activation(by_path(inputs))
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their path."""
+    return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_lowrank)}
+
+
+STARTS: dict[str, Start] = {start.name: start for start in (Zero(), PiSSA(), OLoRA(), Orthogonal())}
 
 
 def as_start(start: Any) -> Start:
     """The start that an argument means."""
     if isinstance(start, Start):
         return start
-    if start == "gradient":
-        raise ValueError("start='gradient' needs gradients: pass start=lro.adapters.gradient(grads)")
+    if start in ("gradient", "activation", "sign_step"):
+        needs = "inputs" if start == "activation" else "gradients"
+        raise ValueError(f"start={start!r} needs {needs}: pass start=lro.adapters.{start}({needs})")
     if start not in STARTS:
-        raise ValueError(f"start is one of {sorted(STARTS)} or lro.adapters.gradient(grads), got {start!r}")
+        raise ValueError(
+            f"start is one of {sorted(STARTS)}, lro.adapters.gradient(grads), .activation(inputs) or "
+            f".sign_step(grads), got {start!r}"
+        )
     return STARTS[start]
 
 
@@ -158,6 +302,10 @@ def _olora(W: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     return r[:rank].T, q[:, :rank].T
 
 
+def _orthogonal(x: jax.Array) -> jax.Array:
+    return linalg.orthonormalize(x)[0]
+
+
 def _from_gradient(G: jax.Array, rank: int, c: float) -> tuple[jax.Array, jax.Array]:
     u, _, v = linalg.svd(G)
     return c * u[:, :rank], c * v[:, rank : 2 * rank].T
@@ -166,3 +314,9 @@ def _from_gradient(G: jax.Array, rank: int, c: float) -> tuple[jax.Array, jax.Ar
 def _leading(G: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     u, _, v = linalg.svd(G)
     return u[:, :rank], v[:, :rank]
+
+
+def _right(X: jax.Array, rank: int) -> jax.Array:
+    # From the m x m covariance, whatever the number of examples.
+    X = X - jnp.mean(X, axis=0, keepdims=True)
+    return linalg.svd(X.T @ X)[2][:, :rank]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.change import Change, axes_with_rows, dense_base, node
+from lowrank_optax.adapters.change import Change, axes_with_rows, dense_base, node, scaled_identity
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.axes import Axes
 from lowrank_optax.layout import map_matrices
@@ -67,8 +67,7 @@ class LoHa(Change):
         V1, V2 = (jnp.moveaxis(B, b, -1) for B in (self.B1, self.B2))
         U, V = (_pairs(*xy) for xy in ((self.A1, self.A2), (V1, V2)))
         scale = jax.lax.stop_gradient(self.scale)[..., None, None]
-        eye = jnp.eye(r * r, dtype=scale.dtype)
-        D = LowRank(U, scale * eye.reshape((1,) * b + eye.shape), V)
+        D = LowRank(U, scaled_identity(scale[..., 0, 0], r * r), V)
         if r * r * (m + n) <= m * n:
             return D
         flat = [x.reshape(*x.shape[:b], -1, r) for x in (self.A1, self.A2, V1, V2)]
@@ -158,7 +157,7 @@ class LoKr(Change):
     @classmethod
     def make(cls, request: Request) -> tuple[Any, Any]:
         request.start.only_zero(cls.kind)
-        m1, n1 = _divisor(request.m), _divisor(request.n)
+        m1, n1 = divisor(request.m), divisor(request.n)
         m2, n2, r = request.m // m1, request.n // n1, request.rank
         C = jnp.zeros((*request.batch, m1, n1), request.W.dtype)
         pair = 2 * r < min(m2, n2)
@@ -185,7 +184,7 @@ class LoKr(Change):
         return map_matrices(jnp.kron, scale * self.C, second).reshape(tuple(base.shape))
 
 
-def _divisor(size: int) -> int:
+def divisor(size: int) -> int:
     """The largest divisor up to the square root."""
     return next(d for d in range(math.isqrt(size), 0, -1) if size % d == 0)
 
@@ -207,6 +206,7 @@ class Fourier(Change):
     """
 
     kind: ClassVar[str] = "fourier"
+    own_alpha: ClassVar[float | None] = 150.0
     bounded: ClassVar[bool] = False
     frozen: ClassVar[frozenset[str]] = frozenset({"positions", "scale"})
 

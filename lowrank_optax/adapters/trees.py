@@ -1,4 +1,4 @@
-"""Trees of changes beside trees of parameters: `attach`, `merge`, `unmerge`, `add`, `labels`."""
+"""Trees of changes beside trees of parameters: `attach`, `merge`, `unmerge`, `add`, `as_lora`, `labels`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.adapters.change import Adapted, Change, dense_base, is_change
-from lowrank_optax.adapters.core import Core
+from lowrank_optax.adapters.core import Core, SingularValues
 from lowrank_optax.adapters.lora import LoRA
 from lowrank_optax.adapters.lowrank import LowRankChange, as_change
-from lowrank_optax.adapters.shared import BANK, Bank, VeRA
+from lowrank_optax.adapters.magnitude import Magnitude
+from lowrank_optax.adapters.shared import SharedBank, is_shared
 from lowrank_optax.boxes import closed, is_box, opened
 from lowrank_optax.linalg import highest_precision
 from lowrank_optax.lowrank import LowRank, is_lowrank
@@ -33,25 +34,30 @@ def nested(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def changes(delta: Any) -> dict[str, Any]:
-    """The changes of a tree by the path of their kernel, those of kind `vera` with their bank."""
-    bank = delta.get(BANK) if hasattr(delta, "get") else None
-    is_leaf = lambda x: is_change(x) or isinstance(x, Bank)  # noqa: E731
-    leaves = jax.tree_util.tree_leaves_with_path(delta, is_leaf=is_leaf)
-    found = {path_name(path): x for path, x in leaves if not isinstance(x, Bank)}
+    """The changes of a tree by the path of their kernel, those that share a bank with it."""
+    leaves = jax.tree_util.tree_leaves_with_path(delta, is_leaf=lambda x: is_change(x) or is_bank(x))
+    found = {path_name(path): x for path, x in leaves if not is_bank(x)}
+    banks = {path_name(path): x for path, x in leaves if is_bank(x)}
     wrong = [f"{name!r} ({type(x).__name__})" for name, x in found.items() if not is_change(x)]
     if wrong:
         raise TypeError(
             f"a tree of adapters has changes made by lro.adapters.init as leaves, got {', '.join(wrong[:5])}"
         )
-    if bank is None:
-        return found
+    return {name: with_banks(x, banks) for name, x in found.items()} if banks else found
+
+
+def is_bank(x: Any) -> bool:
+    """Whether x is a bank."""
+    return isinstance(x, SharedBank)
+
+
+def with_banks(change: Any, banks: dict[str, Any]) -> Any:
+    """A change with the banks that it shares, also inside of another."""
 
     def one(x: Any) -> Any:
-        return x.with_bank(bank) if isinstance(x, VeRA) else x
+        return x.with_bank(banks[x.bank_name]) if is_shared(x) and x.bank_name in banks else x
 
-    return {
-        name: jax.tree.map(one, x, is_leaf=lambda x: isinstance(x, VeRA) or is_lowrank(x)) for name, x in found.items()
-    }
+    return jax.tree.map(one, change, is_leaf=lambda x: is_shared(x) or is_lowrank(x))
 
 
 def attach(params: Any, delta: Any) -> Any:
@@ -76,7 +82,7 @@ def attach(params: Any, delta: Any) -> Any:
       >>> jax.grad(loss)(delta)["kernel"].S.shape
       (2, 2)
     """
-    return _mapped(lambda base, change: Adapted(base, change), params, delta, inside_box=False)
+    return _mapped(lambda name, base, change: Adapted(base, change), params, delta, inside_box=False)
 
 
 def merge(params: Any, delta: Any) -> Any:
@@ -98,7 +104,7 @@ def merge(params: Any, delta: Any) -> Any:
       >>> lro.adapters.merge(params, delta)["kernel"].shape
       (6, 6)
     """
-    run = highest_precision(lambda base, change: change.dense(dense_base(base)).astype(base.dtype))
+    run = highest_precision(lambda name, base, change: change.dense(dense_base(base)).astype(base.dtype))
     return _mapped(run, params, delta)
 
 
@@ -121,7 +127,7 @@ def unmerge(params: Any, delta: Any) -> Any:
       >>> lro.adapters.unmerge(lro.adapters.merge(params, delta), delta)["kernel"].shape
       (6, 6)
     """
-    run = highest_precision(lambda merged, change: change.undo(merged).astype(merged.dtype))
+    run = highest_precision(lambda name, merged, change: change.undo(merged).astype(merged.dtype))
     return _mapped(run, params, delta)
 
 
@@ -161,10 +167,10 @@ def add(*deltas: Any, weights: Sequence[float] | None = None) -> Any:
 def low_rank_part(name: str, change: Any) -> LowRank:
     """D of a change that is a product of two factors whatever the base."""
     change = as_change(change)
-    if not isinstance(change, LoRA | LowRankChange | Core):
+    if not isinstance(change, LoRA | LowRankChange | Core | SingularValues):
         raise ValueError(
             f"the change of {name!r} is a {type(change).__name__}, which is no product of two factors whatever the "
-            "base: merge it into the parameters instead"
+            "base: as_lora(params, delta) makes pairs of those that are one, merge takes all"
         )
     return change.part(None)
 
@@ -181,6 +187,40 @@ def _beside(terms: list[tuple[Any, LowRank]]) -> LoRA:
         rights.append(jnp.moveaxis(weight * D.V, -1, batch))
     A, B = jnp.concatenate(lefts, -1), jnp.concatenate(rights, batch)
     return LoRA(A, B, jnp.ones(A.shape[:batch], A.dtype))
+
+
+def as_lora(params: Any, delta: Any) -> Any:
+    """Changes of any kind whose D has low rank as pairs of factors, for `export`, `add`, or to train on.
+
+    Args:
+      params: the frozen parameters: D may depend on them (`hra`), and on their shapes (`vera`).
+      delta: the tree of changes.
+
+    Returns:
+      A tree of changes of kind `lora` with scale 1, of the ranks that the products have.
+
+    Raises:
+      ValueError: for changes that are no product of two factors.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+      >>> params, delta = lro.adapters.init(jax.random.key(0), {"kernel": jnp.eye(6)}, rank=2, kind="vera")
+      >>> lro.adapters.as_lora(params, delta)["kernel"].A.shape
+      (6, 2)
+    """
+    pairs: dict[str, Any] = {}
+
+    def one(name: str, base: Any, change: Change) -> Any:
+        part = None if isinstance(change, Magnitude) else change.part(dense_base(base))
+        if not isinstance(part, LowRank):
+            raise ValueError(
+                f"the change of {name!r} is a {type(change).__name__}, which is no product of two factors: merge it"
+            )
+        pairs[name] = _beside([(1.0, part)])
+        return base
+
+    _mapped(one, params, delta)
+    return nested(pairs)
 
 
 def labels(delta: Any) -> Any:
@@ -200,12 +240,13 @@ def labels(delta: Any) -> Any:
       >>> lro.adapters.labels(delta)["kernel"]
       LoRA(A='trained', B='trained', scale='frozen')
     """
-    is_leaf = lambda x: isinstance(x, Change | Bank) or is_lowrank(x)  # noqa: E731
-    return jax.tree.map(lambda x: x.labels() if isinstance(x, Change | Bank) else "trained", delta, is_leaf=is_leaf)
+    known = Change | SharedBank
+    is_leaf = lambda x: isinstance(x, known) or is_lowrank(x)  # noqa: E731
+    return jax.tree.map(lambda x: x.labels() if isinstance(x, known) else "trained", delta, is_leaf=is_leaf)
 
 
-def _mapped(f: Callable[[Any, Change], Any], params: Any, delta: Any, inside_box: bool = True) -> Any:
-    """`f(base, change)` in the place of every kernel with a change."""
+def _mapped(f: Callable[[str, Any, Change], Any], params: Any, delta: Any, inside_box: bool = True) -> Any:
+    """`f(name, base, change)` in the place of every kernel with a change."""
     found = changes(delta)
     used: set[str] = set()
 
@@ -218,7 +259,7 @@ def _mapped(f: Callable[[Any, Change], Any], params: Any, delta: Any, inside_box
         shape = tuple(base.shape)
         if not change.fits(shape):
             raise ValueError(f"the change of {name!r} is for a kernel of another shape than {shape}")
-        return closed(box, f(base, change)) if inside_box else f(box, change)
+        return closed(box, f(name, base, change)) if inside_box else f(name, box, change)
 
     is_leaf = lambda x: is_box(x) or is_lowrank(x) or is_composed(x)  # noqa: E731
     out = jax.tree_util.tree_map_with_path(one, params, is_leaf=is_leaf)

@@ -12,8 +12,8 @@ from lowrank_optax import adapters as ad
 from lowrank_optax.adapters.change import Change
 from lowrank_optax.adapters.create import as_kind
 from lowrank_optax.adapters.lowrank import as_change
-from lowrank_optax.adapters.shared import BANK, VeRA
-from lowrank_optax.adapters.trees import changes, nested
+from lowrank_optax.adapters.shared import shared_in
+from lowrank_optax.adapters.trees import changes, is_bank, nested, with_banks
 from lowrank_optax.axes import Axes, Rank, Where, check_where
 from lowrank_optax.einsum import product as einsum_product
 from lowrank_optax.lowrank import is_lowrank
@@ -56,7 +56,7 @@ class Fields(nnx.Module):
         values: dict[str, Any] = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(kind)}
         for name, x in values.items():
             values[name] = x.value() if isinstance(x, Fields) else None if x is None else x.get_value()
-        if kind is ad.LoRA:
+        if issubclass(kind, ad.LoRA):
             values["scale"] = self.scale_of_product.get_value()
         change: Change = kind(**values)
         return change
@@ -67,13 +67,16 @@ class Adapter(nnx.Module):
 
     Attributes:
       change: the `Fields` of the change, or an `AdapterParam` with a `LowRank`.
-      bank: the bank of kind `vera` in one `AdapterBuffer` for all layers, None for other kinds.
+      bank: the bank that layers share, in one variable for all of them; None for kinds without one.
+      bank_name: its name in the tree of changes.
       name: the hook, as in `nnx.Linear.dot_general`.
     """
 
-    def __init__(self, change: Any, bank: AdapterBuffer | None, name: str, times: Any, replaced: Any) -> None:
+    def __init__(self, change: Any, banks: dict[str, Any], name: str, times: Any, replaced: Any) -> None:
         self.change = AdapterParam(change) if is_lowrank(change) else Fields(change)
-        self.bank = nnx.data(bank)
+        shared = shared_in(change)
+        self.bank_name = nnx.static(shared[0].bank_name if shared else None)
+        self.bank = nnx.data(banks[shared[0].bank_name] if shared else None)
         self.name = name
         self.times = nnx.static(times)
         self.replaced = nnx.static(replaced)
@@ -85,7 +88,12 @@ class Adapter(nnx.Module):
     def value(self) -> Change:
         """The change with all its arrays."""
         change = as_change(self.without_bank())
-        return change if self.bank is None else _with_bank(change, self.bank.get_value())
+        with_bank: Change = with_banks(change, self.banks())
+        return with_bank
+
+    def banks(self) -> dict[str, Any]:
+        """The bank by its name, if there is one."""
+        return {} if self.bank is None else {str(self.bank_name): self.bank.get_value()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         at = 2 if self.name == "einsum_op" else 1
@@ -186,8 +194,9 @@ def adapters(model: Any) -> Any:
     found = {name: _adapter(parameter) for name, parameter in parameters(model).items()}
     of_kernels = {name: adapter for name, adapter in found.items() if adapter is not None}
     tree = nested({name: adapter.without_bank() for name, adapter in of_kernels.items()})
-    banks = [adapter.bank for adapter in of_kernels.values() if adapter.bank is not None]
-    return {**tree, BANK: banks[0].get_value()} if banks else tree
+    for adapter in of_kernels.values():
+        tree |= adapter.banks()
+    return tree
 
 
 def merge_adapters(model: Any) -> None:
@@ -235,18 +244,23 @@ def _chosen(found: dict[str, Parameter], rank: Rank, where: Where | None) -> tup
 
 def _install(found: dict[str, Parameter], delta: Any) -> None:
     """Puts changes into the hooks of layers."""
-    bank = AdapterBuffer(delta[BANK]) if BANK in delta else None
-    for name, change in changes({key: x for key, x in delta.items() if key != BANK}).items():
+    of_tree = {key: x for key, x in delta.items() if is_bank(x)}
+    banks = {key: (AdapterParam if x.label == "trained" else AdapterBuffer)(x) for key, x in of_tree.items()}
+    for name, change in changes({key: x for key, x in delta.items() if not is_bank(x)}).items():
         parameter = found.get(name)
         if parameter is None or isinstance(parameter.axes, str):
             reason = "the model has no such kernel" if parameter is None else parameter.axes
             raise ValueError(f"no layer can run the change of {name!r}: {reason}")
-        if not as_change(change).fits(parameter.shape):
+        if not as_change(with_banks(change, of_tree)).fits(parameter.shape):
             raise ValueError(f"the change of {name!r} is for a kernel of another shape than {parameter.shape}")
-        if bank is not None and as_change(change).batch:
-            raise ValueError(f"the layers of {name!r} are stacked and cannot share the bank of kind 'vera': use linen")
+        shared = shared_in(change)
+        if shared and as_change(change).batch:
+            kind = shared[0].kind
+            raise ValueError(
+                f"the layers of {name!r} are stacked and cannot share the bank of kind {kind!r}: use linen"
+            )
         hook, ours = hook_of(parameter.layers[0])
-        adapter = Adapter(change, bank, hook, ours, getattr(parameter.layers[0], hook))
+        adapter = Adapter(change, banks, hook, ours, getattr(parameter.layers[0], hook))
         for layer in parameter.layers:
             setattr(layer, hook, nnx.data(adapter))
 
@@ -256,8 +270,3 @@ def _adapter(parameter: Parameter) -> Adapter | None:
     layers = [layer for layer in parameter.layers if getattr(layer, "kernel", None) is parameter.variable]
     values = [value for layer in layers for value in vars(layer).values()]
     return next((x for x in values if isinstance(x, Adapter)), None)
-
-
-def _with_bank(change: Any, bank: Any) -> Any:
-    is_vera = lambda x: isinstance(x, VeRA)  # noqa: E731
-    return jax.tree.map(lambda x: x.with_bank(bank) if is_vera(x) else x, change, is_leaf=is_vera)

@@ -42,7 +42,7 @@ def moved(delta):
     return jax.tree.map(one, lro.adapters.labels(delta), delta)
 
 
-@pytest.mark.parametrize("kind", ["lowrank", "lora", "core", "dora"])
+@pytest.mark.parametrize("kind", ["lowrank", "lora", "core", "svfit", "dora"])
 def test_a_layer_of_peft_computes_the_same_and_comes_back(kind: str, tmp_path: pathlib.Path) -> None:
     """Two ranks and two scales; the alphas are no integers."""
     params = {"a": {"kernel": draw((8, 6))}, "b": {"kernel": draw((6, 5))}}

@@ -256,8 +256,8 @@ def test_wrappers_of_optax(rule: str) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match=r"rule is one of \['frozen_a', .*, got 'rite'"):
-        lro.adapters.optimizer(optax.sgd(1.0), rule="rite")
+    with pytest.raises(ValueError, match=r"rule is one of \['frozen_a', .*, got 'rotate'"):
+        lro.adapters.optimizer(optax.sgd(1.0), rule="rotate")
     lora, (_, lowrank) = pair(), lro.adapters.init(jax.random.key(0), {"kernel": draw((8, 6))}, 2)
     with pytest.raises(ValueError, match="rule 'pro' is for changes of kind 'lora' or 'dora', and the tree has none"):
         lro.adapters.optimizer(optax.sgd(1.0), rule="pro").init(lowrank)
