@@ -39,7 +39,7 @@ def documented() -> list[tuple[str, str]]:
             if directive := re.match(r"\.\. (\w+):: ([\w.]+)$", line):
                 if directive[1] == "currentmodule":
                     module = directive[2]
-                elif directive[1].startswith("auto"):
+                elif directive[1].startswith("auto") and directive[1] != "automodule":
                     found.append((module, directive[2]))
     return found
 
