@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-COMMANDS = ("pretrain", "vision", "matrix", "finetune", "sweep", "report", "faults")
+COMMANDS = ("pretrain", "vision", "matrix", "finetune", "footprint", "sweep", "report", "faults")
 
 
 def main() -> None:
