@@ -72,6 +72,7 @@ class Finetune(Config):
         "lora_muon": 5e-3,
         "lowrank_adam": 6e-3,
         "lowrank_muon": 4e-2,
+        "adapter:kind=lora:rule=plus": 7.5e-4,
     }
 
     method: str = shared("method", "full,lora,lowrank_adam")

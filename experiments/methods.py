@@ -181,9 +181,11 @@ def factor(method: Method, task: Task, params: Params, config: Config, key: jax.
         return lro.adapters.attach(*lro.adapters.init(key, params, config.rank, where=task.is_kernel, **config.change))
     width = config.max_rank if method.on_manifold and config.max_rank else None
     blocks = (config.blocks or None) if method.on_manifold else None
-    lowrank = lro.factorize(
-        params, config.rank, max_rank=width, where=task.is_kernel, scale=config.init_scale, blocks=blocks
+    truncated = functools.partial(
+        lro.factorize, rank=config.rank, max_rank=width, where=task.is_kernel, scale=config.init_scale, blocks=blocks
     )
+    # A change needs the shapes of the factors and no decomposition.
+    lowrank = jax.eval_shape(truncated, params) if config.adapt else truncated(params)
     leaves = len(jax.tree.leaves(params))
     keys = iter(jax.random.split(key, leaves))
 
@@ -196,7 +198,7 @@ def factor(method: Method, task: Task, params: Params, config: Config, key: jax.
 
     def one(W: Any, dense: Any) -> Any:
         if not lro.is_lowrank(W):
-            return W
+            return dense
         return lro.adapters.Adapted(dense, change(W)) if config.adapt else change(W)
 
     return jax.tree.map(one, lowrank, params, is_leaf=lro.is_lowrank)

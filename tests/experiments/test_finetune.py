@@ -281,7 +281,7 @@ def test_compressed_kernels_are_trained_themselves(tmp_path: Path) -> None:
     "flags",
     [
         ("--kind", "lora", "--rule", "plus", "--start", "pissa", "--alpha", "8"),
-        ("--kind", "lowrank", "--model", "tiny_llama", "--data", "code", "--batch", "2", "--length", "12"),
+        ("--kind", "core", "--model", "tiny_llama", "--data", "code", "--batch", "2", "--length", "12"),
     ],
     ids=lambda flags: flags[1],
 )
