@@ -6,8 +6,9 @@ import sys
 COMMANDS = {
     "pretrain": "a small GPT on bytes of text, from scratch",
     "vision": "a transformer or convolutions on images",
-    "finetune": "a pretrained MiniLM on short texts",
+    "finetune": "a pretrained MiniLM on short texts, or SmolLM2 on a text",
     "matrix": "ill-conditioned matrices with known answers",
+    "footprint": "the memory of a step of fine-tuning",
     "sweep": "search the step sizes of methods, and repeat the best with more seeds",
     "report": "write the tables and pictures of RESULTS.md from results/",
     "faults": "kill runs and damage their checkpoints, and see whether they go on",

@@ -89,6 +89,12 @@ def is_layer_kernel(path: str, shape: tuple[int, ...]) -> bool:
     return "layer_" in path and path.endswith("kernel") and len(shape) == 2
 
 
+def module_name(path: str, index: tuple[int, ...]) -> str:
+    """The name of the layer of a kernel of the encoder in the files of Hugging Face."""
+    _, layer, name, _ = path.split("/")
+    return f"encoder.layer.{layer.removeprefix('layer_')}.{NAMES[name]}"
+
+
 def load(path: Path, config: BERTConfig) -> Params:
     """The parameters of an `Encoder` from a safetensors file with the names of Hugging Face."""
     from safetensors import SafetensorError

@@ -84,6 +84,8 @@ class Config:
         for name in self.methods:
             if name in DEFAULT_GEOMETRY:
                 self._check_geometry(name)
+        if "adapter" in self.methods and not self.adapt:
+            raise ConfigError("--method adapter: changes a pretrained kernel, which only finetune --mode adapter has")
         if self.blocks and self.adapt:
             raise ConfigError(f"--blocks {self.blocks}: a change of pretrained kernels is one matrix of low rank")
 

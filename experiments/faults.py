@@ -70,9 +70,9 @@ def digest(tree: Any) -> str:
 def states(config: matrix.Matrix) -> Iterator[tuple[int, Any]]:
     """The checkpoints of a run that is never interrupted."""
     task, _, _ = trainer.build(config, METHOD)
-    state = trainer.create_state(config, METHOD)
+    state, frozen = trainer.create_state(config, METHOD)
     for step in range(1, config.steps + 1):
-        state, _ = trainer.train_step(task.loss, state, task.batch(config.seed, step))
+        state, _ = trainer.train_step(task.loss, state, frozen, task.batch(config.seed, step))
         if step % config.resize_every == 0:
             state = trainer.follow_ranks(config, METHOD, state)
         if step % config.save_every == 0:

@@ -1,4 +1,4 @@
-"""Kernels kept in other forms than U S V^T: a plain pair of factors, and a frozen kernel with a change."""
+"""Kernels kept in other forms than U S V^T: a plain pair of factors, and a change of a frozen kernel."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ class Pair:
 
 def is_factored(x: Any) -> bool:
     """Whether `x` stands for one kernel and is no plain array."""
-    return lro.is_lowrank(x) or isinstance(x, Pair | lro.adapters.Adapted)
+    return lro.is_lowrank(x) or isinstance(x, Pair | lro.adapters.Adapted | lro.adapters.Change)
 
 
 def balanced(W: lro.LowRank) -> Pair:
@@ -38,6 +38,12 @@ def zero_pair(key: jax.Array, W: lro.LowRank) -> Pair:
     return Pair(A, jnp.zeros((W.width, *W.out_shape), W.dtype))
 
 
+def zero_change(key: jax.Array, W: lro.LowRank) -> lro.adapters.LoRA:
+    """That pair as a change of a frozen kernel."""
+    pair = zero_pair(key, W)
+    return lro.adapters.LoRA(pair.A, pair.B, jnp.ones(W.batch_shape, W.dtype))
+
+
 def zero_lowrank(key: jax.Array, W: lro.LowRank) -> lro.LowRank:
     """S = 0 between random orthonormal bases: the first gradient of S is not zero, so the first step counts."""
     split = lro.Axes(len(W.batch_shape), len(W.in_shape))
@@ -45,10 +51,19 @@ def zero_lowrank(key: jax.Array, W: lro.LowRank) -> lro.LowRank:
     return lro.LowRank(W.U, jnp.zeros_like(W.S), W.V)
 
 
-def singular_values(x: Any) -> np.ndarray:
-    """Those of a kernel in any form, of an adapted one its change's: `(kernels, count)`, NaN if it is not finite."""
-    if isinstance(x, lro.adapters.Adapted):
-        return singular_values(x.change)
+def width(x: Any) -> int | None:
+    """The number of columns of a pair of factors or of a change; None where there are none."""
+    if isinstance(x, lro.adapters.Magnitude):
+        return width(x.change)
+    return x.A.shape[-1] if isinstance(x, Pair | lro.adapters.LoRA) else None
+
+
+def singular_values(x: Any) -> np.ndarray | None:
+    """Those of a kernel or of a change that is a pair: `(kernels, count)`, NaN if it is not finite. None of others."""
+    if isinstance(x, lro.adapters.LoRA):
+        return singular_values(Pair(x.A, x.scale[..., None, None] * x.B))
+    if isinstance(x, lro.adapters.Change):
+        return None
     if lro.is_lowrank(x):
         small = np.asarray(x.S, np.float32).reshape(-1, x.width, x.width)
     elif isinstance(x, Pair):
@@ -64,7 +79,7 @@ def singular_values(x: Any) -> np.ndarray:
 
 
 def apply(model: nn.Module) -> Callable[..., Any]:
-    """`lro.linen.apply` in which a layer may hold a Pair, or an adapted kernel whose change is one."""
+    """`lro.linen.apply` in which a layer may hold a Pair, or an adapted kernel whose change is a `LowRank`."""
     factored = lro.linen.apply(model)
 
     def applied(variables: Any, *args: Any, **kwargs: Any) -> Any:
@@ -76,8 +91,7 @@ def apply(model: nn.Module) -> Callable[..., Any]:
 
 def _as_lowrank(x: Any) -> Any:
     if isinstance(x, lro.adapters.Adapted):
-        change = lro.adapters.LowRankChange(_as_lowrank(x.change))
-        return lro.adapters.Adapted(jax.lax.stop_gradient(x.base), change)
+        return lro.adapters.Adapted(x.base, lro.adapters.LowRankChange(x.change)) if lro.is_lowrank(x.change) else x
     if not isinstance(x, Pair):
         return x
     return lro.LowRank(x.A, jnp.eye(x.A.shape[-1], dtype=x.A.dtype), jnp.moveaxis(x.B, 0, -1))

@@ -18,12 +18,16 @@
                         heavy ball on W, on A and B, on U, S and V
 
 Where the task is to adapt a pretrained model, W stays and these are the forms of a change added to it, which is zero
-at first. Every method trains all other parameters by the same AdamW.
+at first; then there is also
+
+    adapter             a change of `--kind`, from `--start`, AdamW by `--rule`: see `lowrank_optax.adapters`
+
+Every method trains all other parameters by the same AdamW.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -165,6 +169,7 @@ METHODS: dict[str, Method] = {
     "lowrank_adam": Method("low rank", _lowrank_adam, on_manifold=True),
     "lowrank_heavy_ball": Method("low rank", _lowrank_heavy_ball, on_manifold=True),
     "lowrank_muon": Method("low rank", _lowrank_muon, on_manifold=True),
+    "adapter": Method("change", _adamw),
 }
 
 
@@ -172,23 +177,28 @@ def factor(method: Method, task: Task, params: Params, config: Config, key: jax.
     """The dense parameters with every kernel in the form of the method."""
     if method.form == "dense":
         return scale_kernels(task, params, config.dense_scale)
+    if method.form == "change":
+        return lro.adapters.attach(*lro.adapters.init(key, params, config.rank, where=task.is_kernel, **config.change))
     width = config.max_rank if method.on_manifold and config.max_rank else None
     blocks = (config.blocks or None) if method.on_manifold else None
-    lowrank = lro.factorize(
-        params, config.rank, max_rank=width, where=task.is_kernel, scale=config.init_scale, blocks=blocks
+    truncated = functools.partial(
+        lro.factorize, rank=config.rank, max_rank=width, where=task.is_kernel, scale=config.init_scale, blocks=blocks
     )
+    # A change needs the shapes of the factors and no decomposition.
+    lowrank = jax.eval_shape(truncated, params) if config.adapt else truncated(params)
     leaves = len(jax.tree.leaves(params))
     keys = iter(jax.random.split(key, leaves))
 
     def change(W: Any) -> Any:
         if method.form == "low rank":
             return kernels.zero_lowrank(next(keys), W) if config.adapt else W
-        zero = config.adapt or method.form == "zero pair"
-        return kernels.zero_pair(next(keys), W) if zero else kernels.balanced(W)
+        if config.adapt:
+            return kernels.zero_change(next(keys), W)
+        return kernels.zero_pair(next(keys), W) if method.form == "zero pair" else kernels.balanced(W)
 
     def one(W: Any, dense: Any) -> Any:
         if not lro.is_lowrank(W):
-            return W
+            return dense
         return lro.adapters.Adapted(dense, change(W)) if config.adapt else change(W)
 
     return jax.tree.map(one, lowrank, params, is_leaf=lro.is_lowrank)
@@ -208,6 +218,31 @@ def apply(method: Method, model: nn.Module) -> Callable[..., Any]:
     return model.apply if method.form == "dense" else kernels.apply(model)
 
 
+def split(task: Task, params: Params) -> tuple[Params, Params]:
+    """What is trained and what is frozen, as nested dicts; of an adapted kernel its change and its base."""
+
+    def part(node: Any, label: Any, frozen: bool) -> Any:
+        if isinstance(node, Mapping):
+            parts = {name: part(child, label[name], frozen) for name, child in node.items()}
+            return {name: x for name, x in parts.items() if x is not None} or None
+        if isinstance(node, lro.adapters.Adapted):
+            return node.base if frozen else node.change
+        return node if (label == "frozen") is frozen else None
+
+    names = labels(task, params)
+    return part(params, names, frozen=False) or {}, part(params, names, frozen=True) or {}
+
+
+def join(trained: Params, frozen: Params) -> Params:
+    """The inverse of `split`."""
+    if not isinstance(frozen, Mapping):
+        return lro.adapters.Adapted(frozen, trained)
+    if not frozen:
+        return trained
+    both = {name: join(trained[name], frozen[name]) for name in trained.keys() & frozen.keys()}
+    return {**frozen, **trained, **both}
+
+
 def labels(task: Task, params: Params) -> Any:
     """A tree that ends at kernels, with the optimizer of each leaf: "kernels", "others", or "frozen" for none."""
 
@@ -222,13 +257,13 @@ def labels(task: Task, params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(label, params, is_leaf=kernels.is_factored)
 
 
-def trained_parameters(task: Task, params: Params) -> int:
-    """The number of values that a method may change."""
+def trained_parameters(trained: Params) -> int:
+    """The number of values that a method may change: of a change not its scale, nor a frame that it keeps."""
 
     def count(label: str, node: Any) -> int:
         return 0 if label == "frozen" else sum(leaf.size for leaf in jax.tree.leaves(node))
 
-    return sum(jax.tree.leaves(jax.tree.map(count, labels(task, params), params)))
+    return sum(jax.tree.leaves(jax.tree.map(count, lro.adapters.labels(trained), trained)))
 
 
 def optimizer(name: str, task: Task, config: Config) -> optax.GradientTransformation:
@@ -247,24 +282,31 @@ def optimizer(name: str, task: Task, config: Config) -> optax.GradientTransforma
         return jax.tree.map(lambda x: "kernels" if x == "others" and method.on_manifold else x, names)
 
     of_kernels = step(others, config.geometry_of(name)) if method.on_manifold else step()
+    if config.adapt:
+        rule = config.change_rule if method.form == "change" else {}
+        if rule.get("rule") == "manifold":
+            rule = {**rule, "geometry": _geometry(config, config.geometry_of(name))}
+        of_kernels = lro.adapters.optimizer(of_kernels, **rule)
     return optax.partition({"kernels": of_kernels, "others": others, "frozen": optax.set_to_zero()}, who)
 
 
 def mean_rank(params: Params) -> float | None:
-    """Mean rank of the factored kernels: the active one if low-rank, else their width; None for a dense model."""
+    """Mean rank of the factored kernels: the active one if low-rank, else their width; None where there is neither."""
     nodes = [x for x in jax.tree.leaves(params, is_leaf=kernels.is_factored) if kernels.is_factored(x)]
-    nodes = [x.change if isinstance(x, lro.adapters.Adapted) else x for x in nodes]
-    pairs = [x.A.shape[-1] for x in nodes if isinstance(x, kernels.Pair)]
-    if pairs or not nodes:
+    pairs = [width for width in map(kernels.width, nodes) if width is not None]
+    lowrank = [x for x in nodes if lro.is_lowrank(x)]
+    if pairs or not lowrank:
         return float(np.mean(pairs)) if pairs else None
-    return float(np.mean([np.asarray(r, float).mean() for r in _ranks(nodes).values()]))
+    return float(np.mean([np.asarray(r, float).mean() for r in _ranks(lowrank).values()]))
 
 
 def spectrum(task: Task, params: Params) -> list[float]:
     """Mean over the kernels of the singular values relative to the largest, as many as every kernel has."""
     nodes, groups = (jax.tree.leaves(x, is_leaf=kernels.is_factored) for x in (params, labels(task, params)))
-    pairs = zip(nodes, groups, strict=True)
-    values = [kernels.singular_values(x) for x, group in pairs if group == "kernels" or kernels.is_factored(group)]
+    of_kernels = [x for x, group in zip(nodes, groups, strict=True) if group == "kernels"]
+    values = [v for v in map(kernels.singular_values, of_kernels) if v is not None]
+    if not values:
+        return []
     least = min(v.shape[-1] for v in values)
     relative = np.concatenate([v[:, :least] / np.maximum(v[:, :1], np.finfo(np.float32).tiny) for v in values])
     return [float(x) for x in relative.mean(0)]

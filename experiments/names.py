@@ -25,6 +25,7 @@ LEARNING_RATES: dict[str, float] = {
     "lowrank_adam": 6e-3,
     "lowrank_heavy_ball": 0.3,
     "lowrank_muon": 2e-2,
+    "adapter": 3e-3,
 }
 
 GEOMETRIES = ("balanced", "tangent", "coefficient", "galerkin")
@@ -34,6 +35,7 @@ DEFAULT_GEOMETRY: dict[str, str] = {
     "lowrank_adam": "balanced",
     "lowrank_heavy_ball": "tangent",
     "lowrank_muon": "balanced",
+    "adapter": "tangent",
 }
 
 # The methods in words, for pictures.
@@ -49,6 +51,7 @@ WORDS: dict[str, str] = {
     "frugal": "FRUGAL",
     "ldadam": "LDAdam",
     "adarankgrad": "AdaRankGrad",
+    "adapter": "adapter",
     "lora": "LoRA, AdamW",
     "lora_muon": "LoRA, Muon",
     "factors": "plain A B, AdamW",

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -32,6 +33,8 @@ class Task:
       unit: of the loss.
       work: the unit in which a batch is counted, and how many units it holds.
       is_frozen: which other parameters, by path, keep their first values.
+      export: `(folder, start, trained)` writes what a method trained for other tools to load; the parameters that it
+        trained come as they were at the start and as they are. None writes nothing.
     """
 
     data: str
@@ -44,6 +47,7 @@ class Task:
     unit: str
     work: tuple[str, int]
     is_frozen: Callable[[str], bool] = _nothing
+    export: Callable[[Path, Params, Params], None] | None = None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -1,10 +1,11 @@
-"""Bytes to train on: the running Python's standard library, or any text file or folder."""
+"""Bytes or tokens to train on: the running Python's standard library, or any text file or folder."""
 
 import dataclasses
 import os
 import platform
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +17,12 @@ EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__p
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Two disjoint byte strings and the place they came from."""
+    """Two disjoint strings of bytes or tokens and the place they came from."""
 
     name: str
     train: np.ndarray
     validation: np.ndarray
+    unit: str = "bytes"
 
 
 def load(path: str | None = None) -> Corpus:
@@ -38,14 +40,20 @@ def load(path: str | None = None) -> Corpus:
     return _split(path, files)
 
 
+def tokenised(corpus: Corpus, tokenizer: Any) -> Corpus:
+    """The bytes of a corpus as the tokens of a tokenizer of the package `tokenizers`."""
+    texts = (part.tobytes().decode(errors="replace") for part in (corpus.train, corpus.validation))
+    return Corpus(corpus.name, *(np.array(tokenizer.encode(text).ids, np.int32) for text in texts), unit="tokens")
+
+
 def batch(data: np.ndarray, seed: int, step: int, size: int, context: int) -> np.ndarray:
-    """Random windows, (size, context + 1) bytes: a function of seed and step alone."""
+    """Random windows, (size, context + 1) bytes or tokens: a function of seed and step alone."""
     starts = np.random.default_rng([seed, step]).integers(0, len(data) - context, size)
     return data[starts[:, None] + np.arange(context + 1)].astype(np.int32)
 
 
 def validation_windows(corpus: Corpus, count: int, context: int) -> np.ndarray:
-    """Evenly spaced windows of the validation bytes, the same for every run."""
+    """Evenly spaced windows of the validation part, the same for every run."""
     data = corpus.validation
     starts = np.linspace(0, len(data) - context - 1, count).astype(np.int64)
     return data[starts[:, None] + np.arange(context + 1)].astype(np.int32)
@@ -56,7 +64,7 @@ def check_length(corpus: Corpus, context: int) -> None:
     shortest = min(len(corpus.train), len(corpus.validation))
     if shortest < context + 1:
         raise DataError(
-            f"--data {corpus.name}: {len(corpus.train)} bytes to train and "
+            f"--data {corpus.name}: {len(corpus.train)} {corpus.unit} to train and "
             f"{len(corpus.validation)} to validate, but a window is {context + 1}"
         )
 

@@ -41,36 +41,42 @@ def build(config: Config, name: str) -> tuple[Task, Callable[..., Any], Any]:
     return task, methods.apply(method, task.model), methods.optimizer(name, task, config)
 
 
-def create_state(config: Config, name: str) -> TrainState:
-    """The method's own form of the dense weights, from which all methods start, and its optimizer."""
+def create_state(config: Config, name: str) -> tuple[TrainState, Params]:
+    """The method's own form of the dense weights, from which all methods start, and its optimizer.
+
+    Returns:
+      The state, with the trained parameters alone, and the frozen ones, which may be the task's own arrays.
+    """
     task, apply_fn, tx = build(config, name)
     key, factor_key = jax.random.key(config.seed), jax.random.fold_in(jax.random.key(config.seed), 1)
     method, dense = methods.METHODS[name], task.init(key)
-    params = methods.factor(method, task, dense, config, factor_key)
+    trained, frozen = methods.split(task, methods.factor(method, task, dense, config, factor_key))
     # Copies, because a train step donates its state and the task may hold pretrained weights.
-    state = TrainState.create(apply_fn=apply_fn, params=jax.tree.map(jnp.copy, params), tx=tx)
-    return state.replace(step=jnp.zeros((), jnp.int32))  # Flax's Python 0 would compile twice
+    state = TrainState.create(apply_fn=apply_fn, params=jax.tree.map(jnp.copy, trained), tx=tx)
+    return state.replace(step=jnp.zeros((), jnp.int32)), frozen  # Flax's Python 0 would compile twice
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def train_step(loss_fn: Callable[..., Any], state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+def train_step(
+    loss_fn: Callable[..., Any], state: TrainState, frozen: Params, batch: Batch
+) -> tuple[TrainState, jax.Array]:
     def loss(params: Params) -> Any:
-        return loss_fn(state.apply_fn, params, batch)
+        return loss_fn(state.apply_fn, methods.join(params, frozen), batch)
 
     (value, _), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     return state.apply_gradients(grads=grads), value
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def eval_step(loss_fn: Callable[..., Any], state: TrainState, batch: Batch) -> dict[str, jax.Array]:
-    loss, values = loss_fn(state.apply_fn, state.params, batch)
+def eval_step(loss_fn: Callable[..., Any], state: TrainState, frozen: Params, batch: Batch) -> dict[str, jax.Array]:
+    loss, values = loss_fn(state.apply_fn, methods.join(state.params, frozen), batch)
     return {"loss": loss, **values}
 
 
-def evaluate(task: Task, state: TrainState) -> dict[str, float]:
+def evaluate(task: Task, state: TrainState, frozen: Params) -> dict[str, float]:
     """Loss and metrics, averaged over all examples of the validation batches."""
     sizes = [len(jax.tree.leaves(batch)[0]) for batch in task.validation]
-    values = [jax.device_get(eval_step(task.loss, state, batch)) for batch in task.validation]
+    values = [jax.device_get(eval_step(task.loss, state, frozen, batch)) for batch in task.validation]
     return {f"validation_{k}": float(np.average([v[k] for v in values], weights=sizes)) for k in values[0]}
 
 
@@ -94,13 +100,14 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 def train(config: Config, session: Session, name: str, interrupted: Callable[[], bool]) -> bool:
     """Run one method to its end, or to an interruption; returns whether it reached the end."""
     task, _, _ = build(config, name)
-    state = create_state(config, name)
+    state, frozen = create_state(config, name)
+    first = jax.tree.map(np.array, state.params) if task.export else None  # a copy, because steps donate the state
     header = {
         "experiment": config.name,
         **dataclasses.asdict(config),
         "method": name,
         "learning_rate": config.learning_rate(name),
-        "parameters": methods.trained_parameters(task, state.params),
+        "parameters": methods.trained_parameters(state.params),
         "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
         "data": task.data,
         "unit": task.unit,
@@ -131,11 +138,11 @@ def train(config: Config, session: Session, name: str, interrupted: Callable[[],
         with log_file, bar:
             if start == 0:
                 show_kernels(config, session, name, state.params)
-                log_file.write(step=0, **evaluate(task, state))
-                log_file.write(step=0, spectrum=methods.spectrum(task, state.params))
+                log_file.write(step=0, **evaluate(task, state, frozen))
+                log_spectrum(log_file, task, state)
             clock, since = None, start  # no clock before the first step has compiled
             for step in range(start + 1, last + 1):
-                state, loss = train_step(task.loss, state, task.batch(config.seed, step))
+                state, loss = train_step(task.loss, state, frozen, task.batch(config.seed, step))
                 if clock is None:
                     jax.block_until_ready(state)
                     bar.set_postfix_str("", refresh=False)
@@ -153,7 +160,7 @@ def train(config: Config, session: Session, name: str, interrupted: Callable[[],
                     if rank is not None:
                         record["rank"] = rank
                     if config.resize_every:
-                        record["parameters"] = methods.trained_parameters(task, state.params)
+                        record["parameters"] = methods.trained_parameters(state.params)
                     if clock is not None:
                         seconds = (now - clock) / (step - since)
                         record["step_ms"] = 1e3 * seconds
@@ -165,19 +172,27 @@ def train(config: Config, session: Session, name: str, interrupted: Callable[[],
                 check = step % config.eval_every == 0 or step == config.steps
                 if check:
                     if step == config.steps:
-                        log_file.write(step=step, spectrum=methods.spectrum(task, state.params))
-                    log_file.write(step=step, **evaluate(task, state))
+                        log_spectrum(log_file, task, state)
+                    log_file.write(step=step, **evaluate(task, state, frozen))
                 leave = step == last or interrupted()
                 save = config.save_every and (leave or step % config.save_every == 0)
                 if save:
                     lro.checkpoint.save(manager, step, saved(state), force=True)
                     manager.wait_until_finished()  # the next step donates these buffers
+                if step == config.steps and task.export:
+                    task.export(session.out / f"{name}-adapter", first, state.params)
                 if leave:
                     return step == config.steps
                 if log or check or save or clock is None:
                     jax.block_until_ready(state)
                     clock, since = time.perf_counter(), step
     return start == config.steps
+
+
+def log_spectrum(log_file: metrics.Metrics, task: Task, state: TrainState) -> None:
+    """Records the singular values of kernels or of their changes, where these have any."""
+    if values := methods.spectrum(task, state.params):
+        log_file.write(step=int(state.step), spectrum=values)
 
 
 def show_kernels(config: Config, session: Session, name: str, params: Params) -> None:
@@ -255,12 +270,12 @@ def time_steps(config: Config, session: Session) -> None:
     print("timing the methods in turns")
     task = load(config)
 
-    def step(state: TrainState, i: int) -> TrainState:
-        return train_step(task.loss, state, task.batch(config.seed, i))[0]
+    def step(state: tuple[TrainState, Params], i: int) -> tuple[TrainState, Params]:
+        moving, frozen = state
+        return train_step(task.loss, moving, frozen, task.batch(config.seed, i))[0], frozen
 
     states = {name: create_state(config, name) for name in config.methods}
-    times = timing.in_turns(dict.fromkeys(states, step), states)
-    metrics.replace(path, json.dumps(times))
+    metrics.replace(path, json.dumps(timing.in_turns(dict.fromkeys(states, step), states)))
 
 
 def python() -> str:

@@ -1,7 +1,10 @@
 """`experiments.finetune`: the encoder is BERT, the data are what they say, and adapters train what they should."""
 
+import functools
 import json
 import math
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,11 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import save_file
 
-from experiments import bert, finetune, labelled, metrics, trainer
-from experiments.config import Session
-from experiments.task import DataError
+import lowrank_optax as lro
+from experiments import bert, finetune, labelled, llama, methods, metrics, trainer
+from experiments.config import Session, parse
+from experiments.task import DataError, Task
+from tests import jaxprs
 
 SMALL = bert.BERTConfig(d=24, layers=2, heads=3, hidden=40, vocabulary=50, positions=12)
 SYNSET = "00017222 {:02} n 01 plant 0 001 @ 00004475 n 0000 | {}  \n"
@@ -196,11 +201,16 @@ def test_an_eleventh_is_held_out_and_batches_depend_on_seed_and_step_alone() -> 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--rank", "33"], "--rank 33: at most the width of the model, 32"),
+        (["--rank", "33"], "--rank 33: at most the smaller side of every kernel, 32"),
         (["--length", "513"], "--length 513: at least 3 and at most 512"),
         (["--mode", "adaptor"], "--mode adaptor: choose from adapter, compress"),
         (["--mode", "compress", "--method", "full,lora"], "--method lora: starts from zero"),
         (["--data", "glosses"], "apt-get install wordnet-base"),
+        (["--data", "no-such-file"], "--data no-such-file: choose from glosses, reviews, synthetic"),
+        (["--method", "adapter", "--kind", "rola"], "--kind rola: choose from lowrank, lora, dora"),
+        (["--method", "adapter", "--mode", "compress"], "--method adapter: changes a pretrained kernel"),
+        (["--model", "tiny_llama", "--data", "no-such-file"], "--data no-such-file: no such file or folder"),
+        (["--model", "tiny_llama", "--rank", "17"], "--rank 17: at most the smaller side of every kernel, 16"),
     ],
 )
 def test_misuse_is_one_line(flags: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,22 +230,20 @@ def test_an_adapter_trains_and_leaves_the_pretrained_weights(name: str, tmp_path
     assert validation == sorted(validation, reverse=True) and validation[-1] < validation[0]
     assert all(0 <= r["validation_accuracy"] <= 1 for r in rows if "validation_accuracy" in r)
 
+    state, frozen = trainer.create_state(config, name)
+    whole = methods.join(state.params, frozen)
     pretrained = trainer.load(config).init(jax.random.key(config.seed))
+    for path, value in jax.tree.leaves_with_path(frozen):
+        first = pretrained
+        for key in path:
+            first = first[key.key]
+        np.testing.assert_array_equal(value, first)
+    assert len(jax.tree.leaves(frozen)) == len(jax.tree.leaves(pretrained)) - 2  # all but the head
+    jax.tree.map(np.testing.assert_array_equal, methods.split(trainer.load(config), whole), (state.params, frozen))
     with ocp.CheckpointManager((tmp_path / "checkpoints" / name).absolute()) as manager:
         params = manager.restore(6, args=ocp.args.StandardRestore())["params"]
-    trained, frozen = {}, 0
-    for path, value in jax.tree.leaves_with_path(params):
-        text = jax.tree_util.keystr(path, simple=True, separator="/")
-        if text.endswith("/base") or finetune.is_ordinary_encoder_leaf(text):
-            first = pretrained
-            for part in text.removesuffix("/base").split("/"):
-                first = first[part]
-            np.testing.assert_array_equal(value, first)
-            frozen += 1
-        else:
-            trained[text] = value.size
-    assert frozen == len(jax.tree.leaves(pretrained)) - 2  # all but the head
-    assert header["parameters"] == sum(trained.values())
+    scales = 6 * (name == "lora")
+    assert header["parameters"] == sum(x.size for x in jax.tree.leaves(params)) - scales
 
 
 @pytest.mark.slow
@@ -247,14 +255,14 @@ def test_a_change_starts_at_zero_and_the_first_step_with_a_step_size_moves_it(na
     logits = task.model.apply({"params": dense}, batch["tokens"])
 
     def shift(state: Any) -> float:
-        params = {**state.params, "head": dense["head"]}
+        params = methods.join({**state.params, "head": dense["head"]}, frozen)
         return float(np.abs(apply_fn({"params": params}, batch["tokens"]) - logits).max())
 
-    state = trainer.create_state(config, name)
+    state, frozen = trainer.create_state(config, name)
     assert shift(state) < 1e-6
-    state, _ = trainer.train_step(task.loss, state, batch)  # the warm-up begins with a step size of zero
+    state, _ = trainer.train_step(task.loss, state, frozen, batch)  # the warm-up begins with a step size of zero
     assert shift(state) < 1e-6
-    state, _ = trainer.train_step(task.loss, state, batch)
+    state, _ = trainer.train_step(task.loss, state, frozen, batch)
     assert shift(state) > 1e-4
 
 
@@ -266,3 +274,69 @@ def test_compressed_kernels_are_trained_themselves(tmp_path: Path) -> None:
     assert validation[-1] < validation[0]
     kernels = 4 * (2 * 32 * 4 + 16) + 2 * (96 * 4 + 16)
     assert header["parameters"] - kernels == 32 * (30522 + 512) + 5 * 32 + 64 + 6 * 32 + 4 * 33
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--kind", "lora", "--rule", "plus", "--start", "pissa", "--alpha", "8"),
+        ("--kind", "core", "--model", "tiny_llama", "--data", "code", "--batch", "2", "--length", "12"),
+    ],
+    ids=lambda flags: flags[1],
+)
+def test_the_exported_adapter_turns_the_pretrained_model_into_the_trained_one(
+    flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+    monkeypatch.setattr(
+        trainer, "evaluate", lambda task, state, frozen: trained.append(state) or {"validation_loss": 1.0}
+    )
+    flags = ("--smoke", "--method", "adapter", *flags, "--lr", "0.01", "--out", str(tmp_path))
+    finetune.main(flags)
+    config, _ = parse(finetune.CONFIG, [*flags, "--overwrite"])
+    task, apply_fn, _ = trainer.build(config, "adapter")
+    dense, tokens = task.init(jax.random.key(0)), task.validation[0]
+    tokens = tokens["tokens"] if isinstance(tokens, dict) else tokens[:, :-1]
+    _, frozen = trainer.create_state(config, "adapter")
+    params = trained[-1].params
+    module = llama.module_name if config.decodes else bert.module_name
+    where = lro.linen.kernels(task.model, tokens[:1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the head is no adapter
+        delta = lro.adapters.load(tmp_path / "adapter-adapter", dense, module=named(module, task), where=where)
+    whole = {**dense, **{name: params[name] for name in ("head",) if name in dense}}
+
+    @jax.jit
+    def differences(params: Any, frozen: Any, whole: Any, delta: Any) -> tuple[jax.Array, jax.Array]:
+        logits = apply_fn({"params": methods.join(params, frozen)}, tokens)
+        loaded = apply_fn({"params": whole, "adapters": delta}, tokens)
+        return abs(loaded - logits).max(), abs(apply_fn({"params": whole}, tokens) - logits).max()
+
+    loaded, untrained = differences(params, frozen, whole, delta)
+    assert loaded < 2e-4 and untrained > 1e-3
+
+
+def named(module: Callable[..., str], task: Task) -> Callable[..., str]:
+    """The name of a layer, and of what is no kernel of one its path."""
+    return lambda path, index: module(path, index) if task.is_kernel(path, (1, 1)) else path
+
+
+@pytest.mark.slow
+def test_a_step_of_an_adapter_computes_no_gradient_of_the_base() -> None:
+    """No product has the shape of a kernel; a step of all kernels has one for each."""
+    flags = ["--smoke", "--model", "tiny_llama", "--data", "code", "--batch", "3", "--length", "7", "--out", "unused"]
+
+    def kernel_shaped(*more: str) -> int:
+        config, _ = parse(finetune.CONFIG, [*flags, *more])
+        name = config.method
+        task, _, _ = trainer.build(config, name)
+        state, frozen = jax.eval_shape(lambda: trainer.create_state(config, name))
+        step = functools.partial(trainer.train_step, task.loss)
+        products = jaxprs.named(jaxprs.traced(step, state, frozen, task.batch(0, 1)), "dot_general")
+        shapes = {(32, 32), (32, 16), (32, 64), (64, 32), (256, 32)}
+        return sum(p.outvars[0].aval.shape in shapes | {s[::-1] for s in shapes} for p in products)
+
+    assert kernel_shaped("--method", "full") == 7
+    for more in (("lora",), ("lowrank_adam",), ("adapter", "--kind", "lora", "--rule", "plus")):
+        assert kernel_shaped("--method", *more) == 0
