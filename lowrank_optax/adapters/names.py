@@ -3,12 +3,10 @@
 A map reads the number of the block and the layer's own name off the path of a kernel, in the names of Flax models that
 are in use, and gives the one exact name of the layer in torch. A path that it does not know is refused.
 
-| map | model |
-|---|---|
-| `bert` | `BertForSequenceClassification` and its relatives |
-| `llama` | `LlamaForCausalLM`, and others with its layers: Mistral, Qwen2, SmolLM |
-| `gpt2` | `GPT2LMHeadModel` |
-| `vit`, `vit_4` | `ViTForImageClassification` of transformers 5 and 4 |
+- `bert`: `BertForSequenceClassification` and its relatives
+- `llama`: `LlamaForCausalLM`, and others with its layers: Mistral, Qwen2, SmolLM
+- `gpt2`: `GPT2LMHeadModel`
+- `vit`, `vit_4`: `ViTForImageClassification` of transformers 5 and 4
 
 Example:
   >>> import lowrank_optax as lro
