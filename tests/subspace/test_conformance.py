@@ -122,7 +122,17 @@ def test_map_params_and_specs_of_shapes(name):
     assert signature(tx.init(zeros)) == signature(state)
 
 
-@pytest.mark.parametrize("name", EACH)
+# Those that pass their step size on in ways of their own; the other aliases share one line.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "galore",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("online_subspace", "apollo_mini", "dion", "snsm", "mofasgd")
+        ),
+    ],
+)
 def test_numbers_schedules_and_injected_hyperparameters_agree(name):
     """A constant schedule and `inject_hyperparams` give the updates and states of the plain number."""
     number, tree, _ = start(name)
