@@ -117,7 +117,7 @@ def run_on_eight_devices(*files: str) -> None:
     """Runs the tests of files in a process of their own: the number of devices is fixed when JAX starts."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     root = pathlib.Path(__file__).parents[1]
-    run = subprocess.run(command, cwd=root, env=environment(8), text=True, capture_output=True, timeout=540)
+    run = subprocess.run(command, cwd=root, env=environment(8), text=True, capture_output=True, timeout=1800)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
 
 

@@ -18,6 +18,7 @@ CHECKSUM = "lowrank_optax_checksum"  # of the description
 
 # Damage that `restore` has proved in this process: folder of a manager -> step -> identity of the folder of the step.
 _proved: dict[str, dict[int, Any]] = {}
+_LISTINGS = 10
 
 
 def steps_of(manager: ocp.CheckpointManager) -> dict[int, Any]:
@@ -25,12 +26,18 @@ def steps_of(manager: ocp.CheckpointManager) -> dict[int, Any]:
 
     `manager.reload()` would list them too, but also read the metadata of each, where damage to one is an error.
     """
-    for _ in range(10):
+    for _ in range(_LISTINGS):
         try:
-            return {found.step: found.path for found in manager._step_name_format.find_all(manager.directory)}
+            found = _steps_in(manager)
         except FileNotFoundError:  # one was removed meanwhile, or there is no folder
-            if not manager.directory.exists():
-                return {}
+            found = {}
+        # Orbax leaves out those that are removed while it lists them, which may be all.
+        if found or not manager.directory.exists() or not any(manager.directory.iterdir()):
+            return found
+    return _steps_in(manager)
+
+
+def _steps_in(manager: ocp.CheckpointManager) -> dict[int, Any]:
     return {found.step: found.path for found in manager._step_name_format.find_all(manager.directory)}
 
 

@@ -210,6 +210,24 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_gone(
 # --- damage -----------------------------------------------------------------------------------------------------
 
 
+def test_a_listing_from_which_all_steps_vanished_is_taken_again(
+    run: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Orbax leaves out steps that are removed while it lists them: a slow reader beside a fast trainer may see none."""
+    with ocp.CheckpointManager(run, options=LIGHT) as manager:
+        real, listed = manager._step_name_format, []
+
+        class Vanishing:
+            def find_all(self, folder: Any) -> Any:
+                listed.append(folder)
+                return iter(()) if len(listed) < 3 else real.find_all(folder)
+
+        monkeypatch.setattr(manager, "_step_name_format", Vanishing())
+        found = lro.checkpoint.restore(manager, PARAMS)
+        monkeypatch.undo()
+    assert found is not None and found.step == 2
+
+
 def cut(path: pathlib.Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 

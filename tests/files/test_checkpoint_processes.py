@@ -159,10 +159,10 @@ def test_training_and_evaluation_share_a_folder(tmp_path: pathlib.Path) -> None:
         )
 
     training, evaluation = start(TRAINING), start(EVALUATION)
-    _, errors = training.communicate(timeout=300)
+    _, errors = training.communicate(timeout=900)
     if training.returncode:
         evaluation.kill()
-    out, more = evaluation.communicate(timeout=100)
+    out, more = evaluation.communicate(timeout=300)
     assert training.returncode == 0, errors[-3000:]
     assert evaluation.returncode == 0, more[-3000:]
     report = json.loads(out.splitlines()[-1])
