@@ -222,6 +222,9 @@ def test_a_listing_from_which_all_steps_vanished_is_taken_again(
                 listed.append(folder)
                 return iter(()) if len(listed) < 3 else real.find_all(folder)
 
+            def __getattr__(self, name: str) -> Any:
+                return getattr(real, name)
+
         monkeypatch.setattr(manager, "_step_name_format", Vanishing())
         found = lro.checkpoint.restore(manager, PARAMS)
         monkeypatch.undo()
