@@ -17,7 +17,7 @@ from tests import distributed as d
 from tests.process import OPTIMIZER
 
 ROOT = pathlib.Path(__file__).parents[2]
-LIMIT = 240  # Seconds after which every process is killed: no test hangs.
+LIMIT = 600  # Seconds after which every process is killed: no test hangs.
 
 
 @pytest.fixture(scope="module")
