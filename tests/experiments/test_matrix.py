@@ -27,9 +27,10 @@ def test_heavy_ball_in_every_form(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_every_method_on_the_manifold_trains_in_every_geometry(geometry: str, tmp_path: Path) -> None:
-    flags = ["--method", ",".join(DEFAULT_GEOMETRY), "--geometry", geometry, "--max-rank", "6"]
+    names = [name for name in DEFAULT_GEOMETRY if name != "adapter"]  # which is a change of pretrained kernels
+    flags = ["--method", ",".join(names), "--geometry", geometry, "--max-rank", "6"]
     matrix.main(["--smoke", *flags, "--out", str(tmp_path)])
-    for name in DEFAULT_GEOMETRY:
+    for name in names:
         _, records = metrics.read(tmp_path / f"{name}.jsonl")
         losses = [r["validation_loss"] for r in records if "validation_loss" in r]
         assert len(losses) == 3 and losses[-1] < losses[0]
