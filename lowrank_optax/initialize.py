@@ -80,8 +80,11 @@ def lowrank_init(
         *stack, m, n = dense.shape
         a, b = (jax.random.normal(k, (*stack, size, width), work) for k, size in ((u_key, m), (v_key, n)))
         if not grid.is_one:  # Rows that fill up the last blocks stay zero.
-            filled = split_blocks(jnp.ones(shape, work), split.batch, split.inputs, grid)
-            a, b = a * filled.max(-1)[..., None], b * filled.max(-2)[..., None]
+            one, k = (1,) * len(shape), split.batch + split.inputs
+            ins, outs = one[: split.batch] + shape[split.batch : k] + one[k:], one[:k] + shape[k:]
+            rows = split_blocks(jnp.ones(ins, work), split.batch, split.inputs, (grid.rows, 1))
+            columns = split_blocks(jnp.ones(outs, work), split.batch, split.inputs, (1, grid.columns))
+            a, b = a * rows, b * jnp.swapaxes(columns, -1, -2)
         W = map_matrices(_product_of_norm, a, b, map_matrices(linalg.norm, dense), rank=r)
         return boxed_factors(drawn, with_own_axes(W, shape, split).astype(dtype))
 
