@@ -17,6 +17,7 @@ import argparse
 import collections
 import dataclasses
 import importlib
+import itertools
 import math
 import re
 import shlex
@@ -179,14 +180,22 @@ def _against(key: str, words: str, axis: Any, rows: list[Row]) -> None:
         lines[re.sub(r":(rank|d|lr|init_scale)=[^:]+", "", row.label)].append(row)
     from matplotlib import ticker
 
-    forms = list(dict.fromkeys(label.replace("_muon", "").replace("_adam", "") for label in lines))
+    forms = {label: label.replace("_muon", "").replace("_adam", "") for label in lines}
+    colours = dict(zip(dict.fromkeys(forms.values()), itertools.cycle(COLOURS), strict=False))
     for label, points in lines.items():
-        colour = COLOURS[forms.index(label.replace("_muon", "").replace("_adam", "")) % len(COLOURS)]
         points.sort(key=lambda row: row.runs[0][key])
         x = [row.runs[0][key] for row in points]
         error = [statistics.stdev(row.losses) if len(row.losses) > 1 else 0 for row in points]
         style = {"linestyle": "--" if "_muon" in label else "-", "marker": "s" if "_muon" in label else "o"}
-        axis.errorbar(x, [row.mean for row in points], error, **style, capsize=3, color=colour, label=in_words(label))
+        axis.errorbar(
+            x,
+            [row.mean for row in points],
+            error,
+            **style,
+            capsize=3,
+            color=colours[forms[label]],
+            label=in_words(label),
+        )
     axis.set(xlabel=words, ylabel=f"validation loss ({rows[0].runs[0]['unit']})", xscale="log")
     axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
     axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))

@@ -38,10 +38,6 @@ class MiSS(Change):
         E = jnp.zeros((*request.batch, request.rank, request.n), request.W.dtype)
         return cls(request.columns(E), request.number(request.scale)), None
 
-    @property
-    def batch(self) -> int:
-        return self.scale.ndim
-
     def axes(self, shape: tuple[int, ...]) -> Axes:
         return Axes(self.batch, len(shape) - self.E.ndim + 1)
 
@@ -91,10 +87,6 @@ class GraLoRA(Change):
             raise request.refuse(cls.kind, f"k = {k} divides m, n and the rank, got {m}, {n} and {r}")
         A = request.uniform(0, k, m // k, r, bound=(k / m) ** 0.5)
         return cls(A, jnp.zeros((*request.batch, k, r, n // k), A.dtype), request.number(request.scale)), None
-
-    @property
-    def batch(self) -> int:
-        return self.scale.ndim
 
     def axes(self, shape: tuple[int, ...]) -> Axes:
         return axes_with_rows(shape, self.batch, self.A.shape[-3] * self.A.shape[-2])

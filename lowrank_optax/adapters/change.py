@@ -42,6 +42,8 @@ class Change:
     bounded: ClassVar[bool] = True
     own_alpha: ClassVar[float | None] = None
 
+    scale: Any  # of kinds that have one
+
     @classmethod
     def make(cls, request: Request) -> tuple[Any, Any]:
         """The change at the start, and what is taken from W0 in exchange, a `LowRank` of matrices, or None.
@@ -53,8 +55,8 @@ class Change:
 
     @property
     def batch(self) -> int:
-        """The number of axes that stack independent kernels."""
-        raise NotImplementedError
+        """The number of axes that stack independent kernels; a kind without `scale` tells it by another array."""
+        return int(self.scale.ndim)
 
     def axes(self, shape: tuple[int, ...]) -> Axes:
         """The split of the kernel of this shape."""

@@ -48,10 +48,6 @@ class Components(Change):
         E = jnp.zeros((*request.batch, r), A.dtype)
         return cls(request.rows(A), E, request.columns(B), request.number(request.scale)), None
 
-    @property
-    def batch(self) -> int:
-        return self.scale.ndim
-
     def axes(self, shape: tuple[int, ...]) -> Axes:
         return Axes(self.batch, self.A.ndim - 1 - self.batch)
 

@@ -57,10 +57,6 @@ class Core(Change):
             U, C = U * sigma[..., None, :], jnp.zeros((*request.batch, r, r), request.W.dtype)
         return cls(request.rows(U), C, request.outputs(V), request.number(request.scale)), None
 
-    @property
-    def batch(self) -> int:
-        return self.scale.ndim
-
     def axes(self, shape: tuple[int, ...]) -> Axes:
         return Axes(self.batch, self.U.ndim - 1 - self.batch)
 

@@ -40,10 +40,6 @@ class LoRA(Change):
             return change, None
         return change, LowRank(left, scaled_identity(change.scale, request.rank), jnp.swapaxes(right, -1, -2))
 
-    @property
-    def batch(self) -> int:
-        return self.scale.ndim
-
     def axes(self, shape: tuple[int, ...]) -> Axes:
         return Axes(self.batch, self.A.ndim - 1 - self.batch)
 

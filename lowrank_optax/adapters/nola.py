@@ -71,10 +71,6 @@ class NOLA(Shared):
         A = jax.random.uniform(of_A, (k, m, r), dtype, -1, 1) * m**-0.5
         return RandomBases(A, jax.random.uniform(of_B, (k, n, r), dtype, -1, 1) * n**-0.5)
 
-    @property
-    def batch(self) -> int:
-        return self.scale.ndim
-
     def axes(self, shape: tuple[int, ...]) -> Axes:
         return Axes(self.batch, 1)
 

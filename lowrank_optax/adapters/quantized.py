@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +16,17 @@ from lowrank_optax.paths import path_name
 from lowrank_optax.product import Product, is_composed
 
 
-@node
-class Quantized:
-    r"""A frozen kernel :math:`W_{ij} = v_{ij}\, s_j` of 8-bit or 4-bit integers and a scale for each output.
-
-    A layer multiplies with the integers and scales its outputs: no kernel in floating point is kept.
+class Integers:
+    """A kernel as integers and scales, `values` in its shape and `scale`: the base class of both forms.
 
     Attributes:
-      values: int8 or int4, in the shape of the kernel.
-      scale: `(batch..., n)` in float32 or better.
+      own: the number of axes of `scale` that are no batch axes.
     """
 
-    values: jax.Array
-    scale: jax.Array
+    own: ClassVar[int]
+
+    values: Any
+    scale: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,7 +46,24 @@ class Quantized:
     @property
     def axes(self) -> Axes:
         """How the axes of the kernel split."""
-        return _axes(self.shape, self.scale, self.scale.ndim - 1)
+        return _axes(self.shape, self.scale, self.scale.ndim - self.own)
+
+
+@node
+class Quantized(Integers):
+    r"""A frozen kernel :math:`W_{ij} = v_{ij}\, s_j` of 8-bit or 4-bit integers and a scale for each output.
+
+    A layer multiplies with the integers and scales its outputs: no kernel in floating point is kept.
+
+    Attributes:
+      values: int8 or int4, in the shape of the kernel.
+      scale: `(batch..., n)` in float32 or better.
+    """
+
+    own: ClassVar[int] = 1
+
+    values: jax.Array
+    scale: jax.Array
 
     def through(self, product: Product) -> jax.Array:
         """The output of a layer with this kernel."""
@@ -65,7 +80,7 @@ class Quantized:
 
 
 @node
-class GroupQuantized:
+class GroupQuantized(Integers):
     r"""A frozen kernel :math:`W_{ij} = v_{ij}\, s_{g(i)\,j}` with a scale for each group of inputs and each output.
 
     A layer multiplies with the kernel in floating point, which it makes for itself and does not keep.
@@ -75,28 +90,10 @@ class GroupQuantized:
       scale: `(batch..., groups, n)` in float32 or better; a group has `ceil(m / groups)` inputs.
     """
 
+    own: ClassVar[int] = 2
+
     values: jax.Array
     scale: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the kernel."""
-        return tuple(self.values.shape)
-
-    @property
-    def ndim(self) -> int:
-        """The number of axes of the kernel."""
-        return len(self.shape)
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the kernel as an array."""
-        return self.scale.dtype
-
-    @property
-    def axes(self) -> Axes:
-        """How the axes of the kernel split."""
-        return _axes(self.shape, self.scale, self.scale.ndim - 2)
 
     def through(self, product: Product) -> jax.Array:
         """The output of a layer with this kernel."""

@@ -79,10 +79,6 @@ class RandLoRA(Shared):
         B = jax.random.uniform(of_B, (large, -(-small // r), r), dtype, -1, 1)
         return RandomPairs(A / jnp.std(A), B / jnp.std(B))
 
-    @property
-    def batch(self) -> int:
-        return self.scale.ndim
-
     def axes(self, shape: tuple[int, ...]) -> Axes:
         return Axes(self.batch, _splits(shape, self.batch, self.gamma.shape[-1])[0])
 

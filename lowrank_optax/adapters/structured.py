@@ -49,10 +49,6 @@ class LoHa(Change):
         B1 = request.columns(request.normal(2, r, n, std=0.1))
         return cls(A1, B1, A2, jnp.zeros_like(B1), request.number(request.scale)), None
 
-    @property
-    def batch(self) -> int:
-        return self.scale.ndim
-
     def axes(self, shape: tuple[int, ...]) -> Axes:
         return Axes(self.batch, self.A1.ndim - 1 - self.batch)
 
@@ -108,10 +104,6 @@ class HiRA(Change):
         A, B, _ = request.start.pair(request)
         return cls(request.rows(A), request.columns(B), request.number(request.scale)), None
 
-    @property
-    def batch(self) -> int:
-        return self.scale.ndim
-
     def axes(self, shape: tuple[int, ...]) -> Axes:
         return Axes(self.batch, self.A.ndim - 1 - self.batch)
 
@@ -164,10 +156,6 @@ class LoKr(Change):
         A = request.normal(0, m2, r, std=m2**-0.5) if pair else None
         B = request.normal(1, r, n2) if pair else request.normal(1, m2, n2, std=m2**-0.5)
         return cls(C, A, B, request.number(request.scale)), None
-
-    @property
-    def batch(self) -> int:
-        return self.scale.ndim
 
     def axes(self, shape: tuple[int, ...]) -> Axes:
         return axes_with_rows(shape, self.batch, self.C.shape[-2] * (self.B if self.A is None else self.A).shape[-2])
@@ -227,10 +215,6 @@ class Fourier(Change):
         dtype = request.W.dtype
         positions = jnp.stack([flat // n, flat % n], -1).astype(dtype).reshape(*request.batch, k, 2)
         return cls(jnp.zeros((*request.batch, k), dtype), positions, request.number(request.scale)), None
-
-    @property
-    def batch(self) -> int:
-        return self.scale.ndim
 
     def axes(self, shape: tuple[int, ...]) -> Axes:
         return Axes(self.batch, 1)

@@ -53,10 +53,6 @@ class TensorTrain(Change):
         B1 = request.normal(2, r, n1, r, std=r**-0.5)
         return cls(A1, A2, B1, jnp.zeros((*request.batch, r, n2), A1.dtype), request.number(request.scale)), None
 
-    @property
-    def batch(self) -> int:
-        return self.scale.ndim
-
     def axes(self, shape: tuple[int, ...]) -> Axes:
         return axes_with_rows(shape, self.batch, self.A1.shape[-2] * self.A2.shape[-2])
 
