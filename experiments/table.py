@@ -39,7 +39,8 @@ def table(runs: dict[str, Run], times: dict[str, float]) -> str:
 
 def sentence(runs: dict[str, Run], times: dict[str, float]) -> str:
     """The best method on the manifold against dense AdamW; empty unless both came to their ends."""
-    losses = {name: _last_loss(*run)[1] for name, run in runs.items() if _outcome(*run).replace(".", "").isdigit()}
+    ends = {name: _last_loss(*run) for name, run in runs.items() if not _diverged(run[1])}
+    losses = {name: loss for name, (step, loss) in ends.items() if step == runs[name][0]["steps"] and loss is not None}
     ours = [name for name in losses if name.startswith("lowrank")]
     if not ours or BASELINE not in losses:
         return ""
@@ -118,10 +119,14 @@ def _last_loss(header: dict[str, Any], records: list[dict[str, Any]]) -> tuple[i
     return losses[-1] if losses else (0, None)
 
 
+def _diverged(records: list[dict[str, Any]]) -> bool:
+    return bool(records) and records[-1].get("loss", 0.0) is None
+
+
 def _outcome(header: dict[str, Any], records: list[dict[str, Any]]) -> str:
     """The last loss; of an unfinished or diverged run also where it ended."""
     step, loss = _last_loss(header, records)
-    if records and records[-1].get("loss", 0.0) is None:
+    if _diverged(records):
         return f"diverged at step {records[-1]['step']}"
     shown = "-" if loss is None else f"{loss:.3f}" if loss > 0.01 else f"{loss:.1e}"
     return shown if step == header["steps"] else f"{shown} at step {step} of {header['steps']}"

@@ -333,6 +333,11 @@ def test_the_closing_sentence_compares_the_best_low_rank_method_with_dense_adamw
     )
     assert "0.500 nats/byte below" in table.sentence({**runs, "lowrank_muon": of(250, 1.5)}, {})
     assert table.sentence({"full": of(1000, 2.0)}, {}) == ""
+    small = {"full": of(1000, 2e-6), "lowrank_adam": of(500, 0.5)}
+    assert "0.500 nats/byte above" in table.sentence(small, {})
+    unfinished = {**runs, "full": (runs["full"][0], [{"step": 8, "validation_loss": 2.0}])}
+    diverged = {**runs, "full": (runs["full"][0], [*runs["full"][1], {"step": 9, "loss": None}])}
+    assert table.sentence(unfinished, {}) == table.sentence(diverged, {}) == ""
 
 
 def test_methods_are_timed_in_turns() -> None:
