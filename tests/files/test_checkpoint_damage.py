@@ -268,7 +268,8 @@ def test_damage_is_skipped_and_nothing_is_written(name: str, options: dict[str, 
         for _ in range(2):
             with pytest.warns(UserWarning, match=r"checkpoint 2 in .* is skipped: \w+") as caught:
                 assert lro.checkpoint.restore(manager, PARAMS).step == 1
-            assert ("renames its folder" in str(caught[0].message)) == (not options.read_only)
+            (said,) = (text for text in map(str, (w.message for w in caught)) if "is skipped" in text)
+            assert ("renames its folder" in said) == (not options.read_only)
             with pytest.raises(ValueError, match=r"no checkpoint in .* can be restored\. 2: "):
                 lro.checkpoint.restore(manager, PARAMS, step=2)
         assert files(run) == before
