@@ -8,6 +8,7 @@ COMMANDS = {
     "vision": "a transformer or convolutions on images",
     "finetune": "a pretrained MiniLM on short texts, or SmolLM2 on a text",
     "matrix": "ill-conditioned matrices with known answers",
+    "run": "one configuration file, as those in experiments/configs",
     "footprint": "the memory of a step of fine-tuning",
     "sweep": "search the step sizes of methods, and repeat the best with more seeds",
     "report": "write the tables and pictures of RESULTS.md from results/",

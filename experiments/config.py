@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import runpy
 import sys
 import typing
 from collections.abc import Mapping, Sequence
@@ -143,37 +144,57 @@ class Session:
     tensorboard: bool = False
 
 
-def parse(cls: type[Config], argv: Sequence[str] | None = None) -> tuple[Config, Session]:
-    """Flags over `--smoke` over the run that `--resume` continues over the defaults."""
-    parser = _parser(cls)
+def read(file: Path) -> tuple[Config, str]:
+    """The settings of a configuration file, its `CONFIG`, and its docstring."""
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such file")
+    try:
+        names = runpy.run_path(str(file))
+    except (SyntaxError, ImportError, NameError, TypeError) as error:
+        raise ConfigError(f"{file}: {type(error).__name__}: {error}") from error
+    if not isinstance(names.get("CONFIG"), Config):
+        raise ConfigError(f"{file}: it has to set CONFIG to the settings of an experiment, as Pretrain(rank=8)")
+    return names["CONFIG"], names["__doc__"] or ""
+
+
+def parse(base: type[Config] | Path, argv: Sequence[str] | None = None) -> tuple[Config, Session]:
+    """Flags over `--smoke` over the run that `--resume` continues over `base`: an experiment's defaults, or a file."""
+    if isinstance(base, Path):
+        config, text = read(base)
+        cls, name, written = type(config), base.stem, dataclasses.asdict(config)
+        parser = _parser(cls, f"run {base}", text, written)
+    else:
+        cls, name, written = base, base.name, {}
+        parser = _parser(cls, name, sys.modules[cls.__module__].__doc__ or "", written)
     flags = vars(parser.parse_args(argv))
     smoke = cls.smoke if flags.pop("smoke") else {}
-    flags["out"] = flags["out"] or _default_folder("smoke" if smoke else cls.name, flags["resume"])
+    flags["out"] = flags["out"] or _default_folder("smoke" if smoke else name, flags["resume"])
     session = Session(*(flags.pop(f.name) for f in dataclasses.fields(Session)))
 
+    given = {**written, **smoke, **flags}
     saved = session.out / "config.json"
     if not session.resume:
         if saved.exists() and not session.overwrite:
             raise ConfigError(f"{session.out} holds a run: add --resume, --overwrite or --out PATH")
-        return cls(**{**smoke, **flags}), session
+        return cls(**given), session
     if not saved.exists():
         raise ConfigError(f"--resume: no run in {session.out} (config.json is missing)")
     before = json.loads(saved.read_text())
-    for name, value in {**smoke, **flags}.items():
-        if value != before.get(name):
-            flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} {value}: {session.out} was started with {before.get(name)}")
+    for setting, value in given.items():
+        if value != before.get(setting):
+            flag = setting.replace("_", "-")
+            raise ConfigError(f"--{flag} {value}: {session.out} was started with {before.get(setting)}")
     return cls(**before), session
 
 
-def _parser(cls: type[Config]) -> argparse.ArgumentParser:
+def _parser(cls: type[Config], command: str, text: str, written: Mapping[str, Any]) -> argparse.ArgumentParser:
     """A flag for every setting, in groups; a setting that is not given stays absent."""
     from experiments import methods  # which import this module
 
     parser = argparse.ArgumentParser(
-        prog=f"python -m experiments {cls.name}",
+        prog=f"python -m experiments {command}",
         usage="%(prog)s [flags]",
-        description=sys.modules[cls.__module__].__doc__,
+        description=text,
         epilog=f"methods:\n{(methods.__doc__ or '').partition('.')[2].strip(chr(10))}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -186,10 +207,10 @@ def _parser(cls: type[Config]) -> argparse.ArgumentParser:
             type=typing.cast(Any, field.type),
             default=argparse.SUPPRESS,
             metavar=f"{{{','.join(choices)}}}" if choices else typing.cast(Any, field.type).__name__.upper(),
-            help=f"{field.metadata['help']} (default: {field.default!r})",
+            help=f"{field.metadata['help']} (default: {written.get(field.name, field.default)!r})",
         )
     own = parser.add_argument_group("this run")
-    own.add_argument("--out", type=Path, help=f"default: the first new runs/{cls.name}, runs/{cls.name}-2, ...")
+    own.add_argument("--out", type=Path, help="default: a new folder in runs/")
     own.add_argument("--smoke", action="store_true", help="a few steps of a minute model")
     again = own.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run in --out")

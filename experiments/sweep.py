@@ -1,8 +1,10 @@
 """Search the step size of every method by the same rule, then repeat the best with more seeds.
 
+    python -m experiments sweep experiments/configs/gpt_blocks.py experiments/configs/gpt_narrow.py --fixed
     python -m experiments sweep pretrain --method full lowrank_adam lowrank_adam:geometry=tangent -- --steps 1500
 
-A method may carry settings of its own, each after a colon. For each the step size moves by factors of two from the one
+Methods are given as configuration files, or by name, where each may carry settings of its own after colons. For each
+the step size moves by factors of two from the one
 the experiment gives, on the first seed, until the best lies inside the grid; then the other seeds run at the best. All
 settings after `--` go to every run. Each finished run adds one line to `results/<experiment>.jsonl`, and a run that is
 there already is not repeated: start the same command again after an interruption.
@@ -27,7 +29,7 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments import metrics
-from experiments.config import ConfigError, parse
+from experiments.config import Config, ConfigError, parse
 from experiments.names import LEARNING_RATES
 from experiments.task import DataError
 
@@ -95,31 +97,71 @@ def _round(value: float | None, digits: int = 5) -> float | None:
     return None if value is None else float(f"{value:.{digits}g}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One method with settings of its own: its name in the results, and how it is run but for step size and seed."""
+
+    label: str
+    base: type[Config] | Path
+    flags: tuple[str, ...]
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        return ("run", str(self.base)) if isinstance(self.base, Path) else (self.base.name,)
+
+    def config(self, *flags: str) -> Config:
+        """The settings of a run, whose folder need not be new."""
+        return parse(self.base, [*self.flags, *flags, "--overwrite"])[0]
+
+    @property
+    def method(self) -> str:
+        (name,) = self.config().methods
+        return name
+
+
+def named(experiment: str, label: str, flags: Sequence[str]) -> Candidate:
+    """The candidate of a label as `lowrank_adam:blocks=16:lr=0.012`."""
+    method, *pairs = label.split(":")
+    if method not in LEARNING_RATES:
+        raise ConfigError(f"--method {method}: choose from {', '.join(LEARNING_RATES)}")
+    if not all("=" in pair for pair in pairs):
+        raise ConfigError(f"--method {label}: after a method come settings as :name=value")
+    own = [x for name, value in (pair.split("=", 1) for pair in pairs) for x in (f"--{name.replace('_', '-')}", value)]
+    base = importlib.import_module(f"experiments.{experiment}").CONFIG
+    return Candidate(label, base, (*flags, *own, "--method", method))
+
+
+def filed(file: str, flags: Sequence[str]) -> Candidate:
+    """The candidate of a configuration file."""
+    found = Candidate(Path(file).stem, Path(file), tuple(flags))
+    if len(found.config().methods) != 1:
+        raise ConfigError(f"{file}: a sweep takes files of one method each")
+    return found
+
+
 class Sweep:
-    """Runs of one experiment, each in a process of its own."""
+    """Runs of candidates, each in a process of its own."""
 
-    def __init__(self, experiment: str, flags: list[str], store: Store, pin: bool, fixed: bool) -> None:
-        self.config = importlib.import_module(f"experiments.{experiment}").CONFIG
-        self.flags, self.store, self.pin, self.fixed = flags, store, pin, fixed
+    def __init__(self, store: Store, pin: bool, fixed: bool) -> None:
+        self.store, self.pin, self.fixed = store, pin, fixed
 
-    def run(self, label: str, lr: float, seed: int) -> float:
+    def run(self, candidate: Candidate, lr: float, seed: int) -> float:
         """The final validation loss of one run, from the store if it is there."""
-        method, *overrides = label.split(":")
-        own = [x for pair in overrides for x in (f"--{pair.split('=')[0].replace('_', '-')}", pair.split("=")[1])]
-        flags = [*self.flags, *own, "--method", method, "--lr", f"{lr:.6g}", "--seed", str(seed), "--save-every", "0"]
-        with tempfile.TemporaryDirectory() as folder:
-            config, _ = parse(self.config, [*flags, "--out", folder])
-            settings = {k: v for k, v in vars(config).items() if k not in NOT_SETTINGS}
-            defaults = {f.name: f.default for f in dataclasses.fields(config) if f.name in settings}
-            found = self.store.find(settings, defaults)
-            if found is None:
-                command = [sys.executable, "-m", "experiments", self.config.name, *flags, "--out", folder]
+        flags = ("--lr", f"{lr:.6g}", "--seed", str(seed), "--save-every", "0")
+        config = candidate.config(*flags)
+        settings = {k: v for k, v in vars(config).items() if k not in NOT_SETTINGS}
+        defaults = {f.name: f.default for f in dataclasses.fields(config) if f.name in settings}
+        found = self.store.find(settings, defaults)
+        if found is None:
+            with tempfile.TemporaryDirectory() as folder:
+                arguments = [*candidate.command, *candidate.flags, *flags, "--out", folder]
+                command = [sys.executable, "-m", "experiments", *arguments]
                 done = subprocess.run(self._pinned() + command, capture_output=True, text=True)
                 if done.returncode:
                     raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
-                found = summarise(label, settings, Path(folder) / f"{method}.jsonl")
+                found = summarise(candidate.label, settings, Path(folder) / f"{candidate.method}.jsonl")
                 self.store.add(found)
-            return final(found)
+        return final(found)
 
     def _pinned(self) -> list[str]:
         """The prefix that keeps a run to the core of its worker: two runs on a core each beat one on two cores."""
@@ -129,13 +171,11 @@ class Sweep:
         cores = sorted(os.sched_getaffinity(0), reverse=True)
         return ["taskset", "-c", str(cores[worker % len(cores)])]
 
-    def search(self, label: str, seeds: Sequence[int]) -> str:
-        """Tune one method and repeat its best; returns a line about it."""
-        method = label.split(":")[0]
-        own = dict(pair.split("=") for pair in label.split(":")[1:])
-        tuned = self.config.tuned
-        lr = float(own.get("lr", tuned.get(label, tuned.get(method, LEARNING_RATES[method]))))
-        tried = {lr: self.run(label, lr, seeds[0])}
+    def search(self, candidate: Candidate, seeds: Sequence[int]) -> str:
+        """Tune one candidate and repeat its best; returns a line about it."""
+        label, config = candidate.label, candidate.config()
+        lr = config.lr or config.tuned.get(label, config.learning_rate(candidate.method))
+        tried = {lr: self.run(candidate, lr, seeds[0])}
         while True:
             # The first of equals, so that a flat search ends; of those that diverged the smallest, to go down from.
             best = min(tried, key=lambda x: (tried[x], x if math.isinf(tried[x]) else 0))
@@ -147,33 +187,45 @@ class Sweep:
             )
             if not missing:
                 break
-            tried[missing[0]] = self.run(label, missing[0], seeds[0])
-        values = [self.run(label, best, seed) for seed in seeds]
+            tried[missing[0]] = self.run(candidate, missing[0], seeds[0])
+        values = [self.run(candidate, best, seed) for seed in seeds]
         grid = ", ".join(f"{x:g}: {tried[x]:.4g}" for x in sorted(tried))
         return f"{label}: {statistics.mean(values):.4f} at {best:g}, seeds {values} (grid {grid})"
+
+
+def _candidates(what: Sequence[str], labels: Sequence[str], flags: Sequence[str]) -> list[Candidate]:
+    if what[0] in EXPERIMENTS:
+        if len(what) > 1 or not labels:
+            raise ConfigError(f"sweep {' '.join(what)}: after one experiment comes --method with its methods")
+        return [named(what[0], label, flags) for label in labels]
+    if labels:
+        raise ConfigError(f"--method {labels[0]}: configuration files have their methods; or name an experiment")
+    candidates = [filed(file, flags) for file in what]
+    if len(names := sorted({candidate.config().name for candidate in candidates})) > 1:
+        raise ConfigError(f"sweep: files of one experiment, not of {' and '.join(names)}")
+    return candidates
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     own, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(prog="python -m experiments sweep", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("--method", nargs="+", required=True)
+    parser.add_argument("what", nargs="+", help=f"configuration files, or one of {', '.join(EXPERIMENTS)}")
+    parser.add_argument("--method", nargs="+", default=[], help="methods of that experiment, as name:setting=value")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--pin", action="store_true", help="keep every run to one core")
     parser.add_argument("--fixed", action="store_true", help="take the first step size and do not search")
     parser.add_argument("--out", type=Path, help="default: results/<experiment>.jsonl")
     args = parser.parse_args(own)
-    names = [name.split(":")[0] for name in args.method]
-    if unknown := [name for name in names if name not in LEARNING_RATES]:
-        sys.exit(f"--method {unknown[0]}: choose from {', '.join(LEARNING_RATES)}")
-    if unfit := [name for name in args.method if not all("=" in pair for pair in name.split(":")[1:])]:
-        sys.exit(f"--method {unfit[0]}: after a method come settings as :name=value")
-    store = Store(args.out or Path("results") / f"{args.experiment}.jsonl")
-    sweep = Sweep(args.experiment, flags, store, args.pin, args.fixed)
+    try:
+        candidates = _candidates(args.what, args.method, flags)
+    except ConfigError as error:
+        sys.exit(str(error))
+    store = Store(args.out or Path("results") / f"{candidates[0].config().name}.jsonl")
+    sweep = Sweep(store, args.pin, args.fixed)
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(sweep.search, label, args.seeds) for label in args.method]
+        futures = [pool.submit(sweep.search, candidate, args.seeds) for candidate in candidates]
         with tqdm(total=len(futures), unit="method") as bar:
             for future in concurrent.futures.as_completed(futures):
                 try:

@@ -284,11 +284,11 @@ def python() -> str:
     return str(executable.relative_to(Path.cwd()) if executable.is_relative_to(Path.cwd()) else executable)
 
 
-def main(cls: type[Config], argv: Sequence[str] | None = None) -> None:
-    """The command line of an experiment."""
+def main(base: type[Config] | Path, argv: Sequence[str] | None = None) -> None:
+    """The command line of an experiment, or of a configuration file."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
     try:
-        run(*parse(cls, argv))
+        run(*parse(base, argv))
     except (ConfigError, DataError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import report
 from experiments.names import LEARNING_RATES, WORDS, in_words
-from experiments.sweep import Store, Sweep, final, read
+from experiments.sweep import Candidate, Store, Sweep, final, named, read
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,18 +27,21 @@ class Fake(Sweep):
     """Runs whose loss is a function of the step size."""
 
     def __init__(self, loss: Any, fixed: bool = False) -> None:
-        super().__init__("pretrain", [], None, pin=False, fixed=fixed)  # type: ignore[arg-type]
+        super().__init__(None, pin=False, fixed=fixed)  # type: ignore[arg-type]
         self.loss, self.calls = loss, []
 
-    def run(self, label: str, lr: float, seed: int) -> float:
+    def run(self, candidate: Candidate, lr: float, seed: int) -> float:
         self.calls.append((lr, seed))
         return self.loss(lr)
+
+
+FULL = named("pretrain", "full", [])
 
 
 @pytest.mark.parametrize("best", [7.5e-4, 3e-3, 2.4e-2])
 def test_search_ends_inside_the_grid(best: float) -> None:
     sweep = Fake(lambda lr: abs(math.log2(lr / best)))
-    line = sweep.search("full", [0, 1, 2])
+    line = sweep.search(FULL, [0, 1, 2])
     tried = {lr for lr, seed in sweep.calls if seed == 0}
     assert f"at {best:g}" in line and tried >= {best / 2, best, best * 2}
     assert len(tried) <= 4 + abs(math.log2(best / 3e-3))
@@ -47,15 +50,15 @@ def test_search_ends_inside_the_grid(best: float) -> None:
 
 def test_search_ends_where_all_step_sizes_are_equal() -> None:
     sweep = Fake(lambda lr: 2.5)
-    assert "at 0.003" in sweep.search("full", [0]) and len(sweep.calls) == 4  # three, and the best again
+    assert "at 0.003" in sweep.search(FULL, [0]) and len(sweep.calls) == 4  # three, and the best again
 
 
 def test_search_goes_down_from_divergence_and_may_be_left_out() -> None:
     sweep = Fake(lambda lr: math.inf if lr > 1e-3 else lr)
-    assert "at 0.00075" in Fake(lambda lr: math.inf if lr > 1e-3 else -lr).search("full", [0])
+    assert "at 0.00075" in Fake(lambda lr: math.inf if lr > 1e-3 else -lr).search(FULL, [0])
     assert sweep.loss(3e-3) == math.inf
     sweep = Fake(lambda lr: lr, fixed=True)
-    sweep.search("full:lr=0.5", [0, 1])
+    sweep.search(named("pretrain", "full:lr=0.5", []), [0, 1])
     assert set(sweep.calls) == {(0.5, 0), (0.5, 1)}
 
 
