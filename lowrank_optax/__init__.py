@@ -64,41 +64,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Modules that need Flax or Orbax or are large, and names in them: imported when they are first used.
-_LAZY = {
-    **dict.fromkeys(("adapters", "checkpoint", "linen", "nnx", "projected"), ""),
-    "export_lora": "export",
-    **dict.fromkeys(
-        (
-            "SubspaceState",
-            "adarankgrad",
-            "apollo",
-            "apollo_mini",
-            "carry",
-            "coap",
-            "dct_adam",
-            "dion",
-            "fira",
-            "flora",
-            "frugal",
-            "galore",
-            "golore",
-            "ldadam",
-            "mofasgd",
-            "online_subspace",
-            "projectors",
-            "q_galore",
-            "refresh",
-            "residuals",
-            "snsm",
-            "subspace",
-            "subtrack",
-            "sumo",
-            "trion",
-        ),
-        "projected",
-    ),
-}
+# Imported when they are first used, as they need Flax or Orbax or are large: these modules, and the names of `__all__`
+# that are not imported above.
+_LAZY_MODULES = ("adapters", "checkpoint", "linen", "nnx", "projected")
 
 __all__ = [
     "Axes",
@@ -184,10 +152,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{_LAZY[name] or name}")
-    return getattr(module, name) if _LAZY[name] else module
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    return getattr(importlib.import_module(f"{__name__}.{'export' if name == 'export_lora' else 'projected'}"), name)
 
 
 def __dir__() -> list[str]:

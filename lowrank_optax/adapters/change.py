@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.axes import Axes
+from lowrank_optax.boxes import is_box
 from lowrank_optax.linalg import highest_precision, working_dtype
 from lowrank_optax.lowrank import LowRank, is_lowrank
 from lowrank_optax.product import Product, is_composed, trailing_columns
@@ -22,6 +23,11 @@ def node(cls: type[Class]) -> type[Class]:
     """Makes a class of fields a pytree, compared by identity like other nodes of arrays."""
     made: Any = dataclasses.dataclass(frozen=True, eq=False)(cls)
     return jax.tree_util.register_dataclass(made)
+
+
+def is_parameter(x: Any) -> bool:
+    """Whether x is one parameter of the base, however many arrays it has: as `is_leaf` of its tree."""
+    return is_box(x) or is_lowrank(x) or is_composed(x)
 
 
 class Change:

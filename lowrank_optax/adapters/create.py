@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lowrank_optax.adapters.allora import ALLoRA
 from lowrank_optax.adapters.blockwise import C3A, GraLoRA, MiSS
 from lowrank_optax.adapters.butterfly import BOFT, OFT, NeumannOFT
-from lowrank_optax.adapters.change import dense_base, to_dense
+from lowrank_optax.adapters.change import dense_base, is_parameter, to_dense
 from lowrank_optax.adapters.components import Components, DeLoRA
 from lowrank_optax.adapters.core import Core, SingularValues
 from lowrank_optax.adapters.lora import LoRA
@@ -31,7 +31,7 @@ from lowrank_optax.adapters.tensor_train import TensorTrain
 from lowrank_optax.adapters.trees import nested
 from lowrank_optax.adapters.vblora import VBLoRA
 from lowrank_optax.axes import Axes, Rank, Where, check_where, matrix_shape, rank_number, split_axes
-from lowrank_optax.boxes import closed, is_box, opened
+from lowrank_optax.boxes import closed, opened
 from lowrank_optax.linalg import highest_precision, working_dtype
 from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.paths import listed, path_name, refuse_nnx
@@ -122,8 +122,7 @@ def init(
             raise ValueError(f"start={of_start.name!r} corrects {name!r}, which is quantized: quantize after init")
         return box if taken is None else closed(box, _without(request, taken).astype(leaf.dtype))
 
-    is_leaf = lambda x: is_box(x) or is_lowrank(x) or is_composed(x)  # noqa: E731
-    params = jax.tree_util.tree_map_with_path(one, params, is_leaf=is_leaf)
+    params = jax.tree_util.tree_map_with_path(one, params, is_leaf=is_parameter)
     if not found:
         raise ValueError(f"no kernel to change at rank {rank}. Parameters with two axes or more:\n{listed(seen)}")
     return params, _with_bank(key, requests, list(found.values()), nested(found))

@@ -14,17 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_optax.adapters.change import is_parameter
 from lowrank_optax.adapters.core import Core, SingularValues
 from lowrank_optax.adapters.lora import LoRA
 from lowrank_optax.adapters.lowrank import LowRankChange, as_change
 from lowrank_optax.adapters.magnitude import Magnitude
 from lowrank_optax.adapters.trees import changes, nested
 from lowrank_optax.axes import Axes, Where, check_where, split_axes
-from lowrank_optax.boxes import is_box, opened
+from lowrank_optax.boxes import opened
 from lowrank_optax.export import PREFIX, Entry, Module, dotted, lora_pair, write
-from lowrank_optax.lowrank import LowRank, is_lowrank
+from lowrank_optax.lowrank import LowRank
 from lowrank_optax.paths import path_name
-from lowrank_optax.product import is_composed
 
 _LETTERS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m"}
 _LETTERS["lora_magnitude_vector.weight"] = "m"  # in older files
@@ -175,8 +175,7 @@ def load(folder: Any, params: Any, *, module: Module = dotted, where: Where | No
         read = {index: _change(file, name, shape, axes) for index, name in here.items()}
         found[kernel] = _stacked(read, batch)
 
-    is_leaf = lambda x: is_box(x) or is_lowrank(x) or is_composed(x)  # noqa: E731
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_parameter):
         one(path, leaf)
     if rest:
         raise ValueError(

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.change import node
+from lowrank_optax.adapters.change import is_parameter, node
 from lowrank_optax.axes import Axes, Where, check_where, matrix_shape, split_axes
-from lowrank_optax.boxes import closed, is_box, opened
+from lowrank_optax.boxes import closed, opened
 from lowrank_optax.linalg import working_dtype
 from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.paths import path_name
@@ -168,5 +168,4 @@ def quantize(params: Any, *, bits: int = 8, group: int | None = None, where: Whe
             return closed(box, Quantized(values, scale[..., 0, :]))
         return closed(box, GroupQuantized(values, scale))
 
-    is_leaf = lambda x: is_box(x) or is_lowrank(x) or is_composed(x)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_leaf)
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_parameter)

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.adapters.allora import ALLoRA
+from lowrank_optax.adapters.change import is_parameter
 from lowrank_optax.adapters.create import init, magnitude
 from lowrank_optax.adapters.lora import LoRA
 from lowrank_optax.adapters.lowrank import LowRankChange, as_change
 from lowrank_optax.adapters.magnitude import Magnitude
 from lowrank_optax.adapters.pairs import flatten_pair, is_pair
 from lowrank_optax.adapters.trees import changes, merge
-from lowrank_optax.boxes import is_box, opened
+from lowrank_optax.boxes import opened
 from lowrank_optax.lowrank import LowRank, is_lowrank
 from lowrank_optax.paths import path_name
 from lowrank_optax.product import is_composed
@@ -171,8 +172,8 @@ def switch(key: jax.Array, params: Any, delta: Any, share: float) -> tuple[Any, 
 
 def _bases(params: Any) -> dict[str, Any]:
     """The kernels by path, none of them quantized."""
-    is_leaf = lambda x: is_box(x) or is_lowrank(x) or is_composed(x)  # noqa: E731
-    found = {path_name(path): opened(x) for path, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf)}
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_parameter)
+    found = {path_name(path): opened(x) for path, x in leaves}
     for name, x in found.items():
         if is_composed(x):
             raise ValueError(f"{name!r} is quantized: the rounding of its integers would lose the change")

@@ -8,17 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.change import Adapted, Change, dense_base, is_change
+from lowrank_optax.adapters.change import Adapted, Change, dense_base, is_change, is_parameter
 from lowrank_optax.adapters.core import Core, SingularValues
 from lowrank_optax.adapters.lora import LoRA
 from lowrank_optax.adapters.lowrank import LowRankChange, as_change
 from lowrank_optax.adapters.magnitude import Magnitude
 from lowrank_optax.adapters.shared import SharedBank, is_shared
-from lowrank_optax.boxes import closed, is_box, opened
+from lowrank_optax.boxes import closed, opened
 from lowrank_optax.linalg import highest_precision
 from lowrank_optax.lowrank import LowRank, is_lowrank
 from lowrank_optax.paths import listed, path_name
-from lowrank_optax.product import is_composed
 
 
 def nested(found: dict[str, Any]) -> dict[str, Any]:
@@ -261,8 +260,7 @@ def _mapped(f: Callable[[str, Any, Change], Any], params: Any, delta: Any, insid
             raise ValueError(f"the change of {name!r} is for a kernel of another shape than {shape}")
         return closed(box, f(name, base, change)) if inside_box else f(name, box, change)
 
-    is_leaf = lambda x: is_box(x) or is_lowrank(x) or is_composed(x)  # noqa: E731
-    out = jax.tree_util.tree_map_with_path(one, params, is_leaf=is_leaf)
+    out = jax.tree_util.tree_map_with_path(one, params, is_leaf=is_parameter)
     missing = sorted(set(found) - used)
     if missing:
         raise ValueError("the parameters have no kernel for the changes of\n" + listed([f"  {x}" for x in missing]))
