@@ -9,7 +9,7 @@ COMMANDS = {
     "finetune": "a pretrained MiniLM on short texts, or SmolLM2 on a text",
     "matrix": "ill-conditioned matrices with known answers",
     "run": "one configuration file, as those in experiments/configs",
-    "footprint": "the memory of a step of fine-tuning",
+    "footprint": "the memory of a training step",
     "sweep": "search the step sizes of methods, and repeat the best with more seeds",
     "report": "write the tables and pictures of RESULTS.md from results/",
     "faults": "kill runs and damage their checkpoints, and see whether they go on",

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from experiments.names import DEFAULT_GEOMETRY, GEOMETRIES, LEARNING_RATES
 from experiments.task import Task
 
+EXPERIMENTS = ("pretrain", "vision", "matrix", "finetune")  # modules with a `CONFIG` of that name
 GROUPS = {  # of flags in --help; all others are of the model and its data
     "methods": "method rank max_rank blocks geometry retraction local_steps init_scale dense_scale",
     "ranks that change": "tolerance budget resize_every bucket",

@@ -1,9 +1,11 @@
-"""The memory of one step of fine-tuning: what the compiled program needs, and what a process took.
+"""The memory of one training step: what the compiled program needs, and what a process took.
 
-    python -m experiments footprint --model smollm2 --method lora,lowrank_adam,full
-    python -m experiments footprint --model smollm2 --method lora --measure    # one method in a fresh process
+    python -m experiments footprint pretrain --method full,lowrank_adam
+    python -m experiments footprint experiments/configs/gpt_blocks.py
+    python -m experiments footprint finetune --model smollm2 --method lora,lowrank_adam,full
+    python -m experiments footprint finetune --model smollm2 --method lora --measure    # one method, a fresh process
 
-Options are those of `finetune`. A line for each method, in MB:
+After an experiment or a configuration file come its options. A line for each method, in MB:
 
     base        the frozen parameters
     trained     the trained parameters and their optimizer state
@@ -16,15 +18,17 @@ Options are those of `finetune`. A line for each method, in MB:
 model is loaded, after it is, and at the end, which includes what the compiler took.
 """
 
+import importlib
 import resource
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from experiments import finetune, methods, trainer
-from experiments.config import Config, ConfigError, parse
+from experiments import methods, trainer
+from experiments.config import EXPERIMENTS, Config, ConfigError, parse
 from experiments.task import DataError, Params
 
 MB = 1e6
@@ -71,9 +75,14 @@ def _peak() -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0].startswith("-"):
+        print(__doc__)
+        sys.exit(0 if argv and argv[0] in ("-h", "--help") else 2)
     run = measured if "--measure" in argv else programs
+    named = argv[0] in EXPERIMENTS
     try:
-        config, _ = parse(finetune.CONFIG, [flag for flag in argv if flag != "--measure"])
+        base = importlib.import_module(f"experiments.{argv[0]}").CONFIG if named else Path(argv[0])
+        config, _ = parse(base, ["--overwrite", *(flag for flag in argv[1:] if flag != "--measure")])
         for name in config.methods:
             print(name, *(f"{key} {value:,.3f}" for key, value in run(config, name).items()), sep="  ", flush=True)
     except (ConfigError, DataError) as error:

@@ -8,9 +8,10 @@ A block of RESULTS.md names the runs that it shows, and everything up to its end
     <!-- end -->
 
 The words after the experiment choose runs by their settings; `labels` (default: all) chooses rows and their order, and
-`lines` those of the pictures; `show` is a list of `table`, `curves` (loss against steps), `ranks` (rank against steps),
-`spectra` (singular values of the kernels), `budget` (loss against parameters) and `state` (loss against bytes of
-optimizer state). A method is shown at the step size that was best on the first seed, with all the seeds run there.
+`lines` those of the pictures; `show` is a list of `table`, `curves` (loss against steps), `clock` (loss against the
+time of the steps, of the run that the machine disturbed least), `ranks` (rank against steps), `spectra` (singular
+values of the kernels), `budget` (loss against parameters) and `state` (loss against bytes of optimizer state). A method
+is shown at the step size that was best on the first seed, with all the seeds run there.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,17 @@ Run = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A method at its best step size: one run a seed."""
+    """A method at its best step size: one run a seed; and all its runs."""
 
     label: str
     learning_rate: float
-    tried: int
     runs: list[Run]
+    all: list[Run]
+
+    @property
+    def tried(self) -> int:
+        """The number of step sizes."""
+        return len({run["settings"]["lr"] for run in self.all})
 
     @property
     def losses(self) -> list[float]:
@@ -78,7 +84,7 @@ def _best(label: str, runs: list[Run]) -> Row:
     best = sorted((r for r in runs if r["settings"]["lr"] == lr), key=lambda r: r["settings"]["seed"])
     if len({run["settings"]["seed"] for run in best}) < len(best):
         sys.exit(f"runs of {label} with one seed and step size differ in other settings: name these in the block")
-    return Row(label, lr, len(grid), best)
+    return Row(label, lr, best, runs)
 
 
 def table(rows: list[Row]) -> str:
@@ -127,8 +133,17 @@ def _named(row: Row, seeds: int) -> str:
 
 def curves(axis: Any, rows: list[Row]) -> None:
     """Validation loss against steps: mean over seeds, and their range."""
+    _curves("training steps", lambda row: 1.0, axis, rows)
+
+
+def clock(axis: Any, rows: list[Row]) -> None:
+    """Validation loss against minutes of training steps, at the least median of a step over the runs of a row."""
+    _curves("minutes of training steps", lambda row: min(r["step_ms"] for r in row.all) / 60_000, axis, rows)
+
+
+def _curves(words: str, unit: Callable[[Row], float], axis: Any, rows: list[Row]) -> None:
     for i, row in enumerate(rows):
-        steps = [step for step, _ in row.runs[0]["curve"]][1:]
+        steps = [unit(row) * step for step, _ in row.runs[0]["curve"]][1:]
         series = [[loss for _, loss in run["curve"]][1:] for run in row.runs]
         whole = [s for s in series if len(s) == len(steps) and None not in s]
         if not whole:
@@ -140,7 +155,7 @@ def curves(axis: Any, rows: list[Row]) -> None:
         axis.fill_between(steps, low, high, color=COLOURS[i % len(COLOURS)], alpha=0.2, linewidth=0)
         if max(middle) > 1e3 * min(middle):
             axis.set_yscale("log")
-    axis.set(xlabel="training steps", ylabel=f"validation loss ({rows[0].runs[0]['unit']})")
+    axis.set(xlabel=words, ylabel=f"validation loss ({rows[0].runs[0]['unit']})")
 
 
 def ranks(axis: Any, rows: list[Row]) -> None:
@@ -202,7 +217,7 @@ def _against(key: str, words: str, axis: Any, rows: list[Row]) -> None:
     axis.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-PICTURES = {"curves": curves, "ranks": ranks, "spectra": spectra, "budget": budget, "state": state}
+PICTURES = {"curves": curves, "clock": clock, "ranks": ranks, "spectra": spectra, "budget": budget, "state": state}
 
 
 def draw(kind: str, rows: list[Row], title: str, path: Path) -> None:

@@ -29,11 +29,10 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments import metrics
-from experiments.config import Config, ConfigError, parse
+from experiments.config import EXPERIMENTS, Config, ConfigError, parse
 from experiments.names import LEARNING_RATES
 from experiments.task import DataError
 
-EXPERIMENTS = ("pretrain", "vision", "matrix", "finetune")
 NOT_SETTINGS = {"eval_every", "log_every", "save_every"}  # they change no number
 DIVERGED = math.inf
 

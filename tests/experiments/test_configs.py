@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import config, run
+from experiments import config, footprint, run
 from experiments.config import ConfigError, parse
 from experiments.sweep import Store, Sweep, filed
 from experiments.sweep import main as sweep
@@ -89,3 +89,18 @@ def test_a_sweep_is_of_files_or_of_methods(arguments: list[str], says: str, monk
     with pytest.raises(SystemExit) as error:
         sweep(arguments)
     assert says in str(error.value)
+
+
+@pytest.mark.usefixtures("settings_of_a_user")
+def test_the_footprint_of_a_step_is_that_of_its_arrays(capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(ROOT / "experiments" / "configs" / "gpt_narrow.py")
+    footprint.main([file, "--smoke", "--d", "64", "--layers", "1"])
+    words = capsys.readouterr().out.split()
+    found = dict(zip(words[1::2], map(float, words[2::2]), strict=True))
+    # Embedding, head, positions and kernels, not norms and biases; with two moments each.
+    values = 3 * (2 * 256 * 64 + 16 * 64 + 12 * 64**2)
+    assert words[0] == "full" and found["base"] == 0
+    assert found["trained"] == pytest.approx(4 * values / 1e6, rel=0.05)
+    assert found["step"] > found["trained"] + found["activations"] > found["trained"]
+    with pytest.raises(SystemExit, match="nothing: no such file"):
+        footprint.main(["nothing"])

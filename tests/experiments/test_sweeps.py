@@ -94,7 +94,7 @@ def test_report_fills_its_blocks(tmp_path: Path) -> None:
     (results / "pretrain.jsonl").write_text("".join(json.dumps(r) + "\n" for r in runs))
     document = tmp_path / "RESULTS.md"
     document.write_text(
-        "before\n<!-- runs: pretrain steps=10 show=table,curves,ranks,spectra -->\nold\n<!-- end -->\nbetween\n"
+        "before\n<!-- runs: pretrain steps=10 show=table,curves,clock,ranks,spectra -->\nold\n<!-- end -->\nbetween\n"
         "<!-- runs: pretrain steps=10 labels=factors,full -->\n<!-- end -->\nafter\n"
     )
     arguments = ["--document", str(document), "--results", str(results)]
@@ -104,7 +104,7 @@ def test_report_fills_its_blocks(tmp_path: Path) -> None:
     assert "| `full` | 1,000 | 800 | 0.2 | 3 | 2 | 1.1000 ± 0.1 |  |" in text
     # 3.1 - 1.6 of 3.1 - 1.1
     assert "| `lowrank_adam:geometry=tangent` | 1,000 | 800 | 0.1 | 1 | 1 | 1.6000 | 75% |" in text
-    for kind in ("curves", "ranks", "spectra"):
+    for kind in ("curves", "clock", "ranks", "spectra"):
         assert (results / f"pretrain-steps-10-{kind}.png").stat().st_size > 1000
     second = text[text.index("between") :]
     assert second.index("`factors`") < second.index("`full`") and "tangent" not in second
