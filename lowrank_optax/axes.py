@@ -79,15 +79,18 @@ def least_rank(limit: int) -> int:
     return min(4, limit)
 
 
-def rank_number(rank: Rank, name: str, shape: tuple[int, ...], limit: int) -> int:
-    """Evaluates a rank argument for one kernel whose matrices allow at most `limit`."""
+def rank_number(rank: Rank, name: str, shape: tuple[int, ...], limit: int, least: int | None = None) -> int:
+    """Evaluates a rank argument for one kernel whose matrices allow at most `limit`.
+
+    A fraction gives at least `least`, by default `least_rank`.
+    """
     value = rank(name, shape) if callable(rank) else rank
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"the rank of {name!r} must be an int or a fraction in (0, 1], got {value!r}")
     if isinstance(value, float | np.floating):
         if not 0.0 < value <= 1.0:
             raise ValueError(f"a fractional rank lies in (0, 1], got {value} for {name!r}; an absolute rank is an int")
-        value = max(least_rank(limit), round(float(value) * limit))
+        value = max(least_rank(limit) if least is None else least, round(float(value) * limit))
     if value < 1:
         raise ValueError(f"the rank must be at least 1, got {value} for {name!r} of shape {shape}")
     return int(value)

@@ -28,9 +28,37 @@ class SkipNotFiniteState(NamedTuple):
     consecutive_notfinite: jax.Array
 
 
+class Guarded(optax.GradientTransformationExtraArgs):
+    """A transformation with the guard around it, which knows what is inside."""
+
+    inside: optax.GradientTransformationExtraArgs
+    max_consecutive_skips: Any
+
+
+def guarded(init: Any, update: Any, inside: Any, max_consecutive_skips: Any) -> Guarded:
+    """`init` and `update` of the guard around `inside`."""
+    tx = Guarded(init, update)
+    tx.inside, tx.max_consecutive_skips = inside, max_consecutive_skips
+    return tx
+
+
+def chain_in_one_guard(*pieces: optax.GradientTransformation) -> Guarded:
+    """`optax.chain` whose pieces skip a step together, so that none of them counts or moves in a step that others skip.
+
+    The limit of skips is the one of the first piece that has a guard.
+    """
+    limits = [x.max_consecutive_skips for x in pieces if isinstance(x, Guarded)] or [MOST_SKIPS]
+    return skip_not_finite(optax.chain(*map(without_guard, pieces)), limits[0])
+
+
+def without_guard(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """What is inside of a guard."""
+    return tx.inside if isinstance(tx, Guarded) else tx
+
+
 def skip_not_finite(
     inner: optax.GradientTransformation, max_consecutive_skips: int | jax.Array = MOST_SKIPS
-) -> optax.GradientTransformationExtraArgs:
+) -> Guarded:
     """Skips a step that is not finite: updates are zero, and the state of `inner` stays.
 
     A step is not finite if NaN or an infinity occurs in a gradient, in an update, or in a number of the state that was
@@ -40,6 +68,7 @@ def skip_not_finite(
 
     Args:
       inner: the transformation.
+        It has to be all of an optimizer: a piece of a chain outside of the guard would still count a skipped step.
       max_consecutive_skips: the most steps in a row that are skipped. Default 15: a loss scale that halves at each
         overflow falls from 2^15 to 1 in as many steps.
 
@@ -53,7 +82,7 @@ def skip_not_finite(
       >>> updates.tolist(), int(state.notfinite_count)
       ([0.0], 1)
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = optax.with_extra_args_support(without_guard(inner))
 
     def init(params: Any) -> SkipNotFiniteState:
         return unskipped(inner.init(params))
@@ -64,7 +93,7 @@ def skip_not_finite(
         finite = is_finite(grads, updates, state.inner_state, inner_state)
         return let_through(finite, updates, inner_state, state, max_consecutive_skips)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return guarded(init, update, inner, max_consecutive_skips)
 
 
 def unskipped(inner_state: Any) -> SkipNotFiniteState:

@@ -337,6 +337,11 @@ def _noise(m: int, k: int, dtype: Any) -> jax.Array:
 
 
 @highest_precision
+def held(s: jax.Array, size: int) -> jax.Array:
+    """Which singular values of a matrix, in descending order, are more than rounding; `size` is its longer side."""
+    return s > size * jnp.finfo(s.dtype).eps * s[0]
+
+
 def newton_schulz(x: jax.Array, steps: int) -> jax.Array:
     """Approximates the orthogonal polar factor of a matrix by a quintic Newton-Schulz iteration.
 

@@ -296,6 +296,8 @@ def coap(
     References:
       Xiao et al., `arXiv:2412.00071 <https://arxiv.org/abs/2412.00071>`_, 2024, algorithm 1.
     """
+    if not isinstance(refresh, int):
+        raise TypeError(f"refresh of coap is a number of steps, which its projector counts too, got {refresh!r}")
     options = with_defaults(options, projector=projectors.coap(refresh, recalibrate, basis_learning_rate))
     inner = subspace(adam(b1, b2, eps), rank=rank, refresh=refresh, scale=scale, **options)
     return optimizer(learning_rate, weight_decay, mask, inner)

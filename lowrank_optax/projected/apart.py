@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.axes import Rank, Where, check_where
+from lowrank_optax.guard import without_guard
 from lowrank_optax.projected.leaves import Leaf, chosen_leaves
 from lowrank_optax.projected.projectors import Projector, svd
 
@@ -28,8 +29,9 @@ class Choice:
 def kernels_and_others(
     kernels: optax.GradientTransformation, others: optax.GradientTransformation, rank: Rank, where: Where | None
 ) -> optax.GradientTransformationExtraArgs:
-    """One transformation for the kernels that `subspace` would project, and one for other leaves."""
+    """One transformation for the kernels that `subspace` would project, and one for other leaves, without guards."""
     check_where(where)
+    kernels, others = map(without_guard, (kernels, others))
 
     def labels(tree: Any) -> Any:
         leaves, treedef, chosen = chosen_leaves(tree, Choice(rank, where))

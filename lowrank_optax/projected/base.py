@@ -21,6 +21,7 @@ class Refreshing(NamedTuple):
       momentum: `(r, q)`, the first moment of the inner transformation in the old basis; zeros if it has none.
       key: random key of this matrix and step.
       count: number of steps before this one, int32.
+      inputs: the axis of A along which the inputs of the kernel lie, 0 or 1.
       first: whether some matrix of the stack has no basis yet. One boolean for all of them, so that `jax.lax.cond`
         stays a branch in a batch.
     """
@@ -30,6 +31,7 @@ class Refreshing(NamedTuple):
     key: jax.Array
     count: jax.Array  # type: ignore[assignment]
     first: jax.Array
+    inputs: int = 0
 
 
 def _zeros(key: jax.Array, shape: tuple[int, int], rank: int, dtype: Any) -> jax.Array:
@@ -56,7 +58,7 @@ def _overlap(old: Any, new: Any) -> jax.Array:
     return jnp.matmul(new.T, old)
 
 
-def _unmoved(stored: Any, basis: Any, gradient: jax.Array, projected: jax.Array, count: jax.Array) -> Any:
+def unmoved(stored: Any, basis: Any, gradient: jax.Array, projected: jax.Array, count: jax.Array) -> Any:
     return stored
 
 
@@ -93,7 +95,7 @@ class Projector(NamedTuple):
     up: Callable[..., jax.Array] = _up
     outside: Callable[..., jax.Array] = _outside
     overlap: Callable[..., jax.Array] = _overlap
-    after: Callable[..., Any] = _unmoved
+    after: Callable[..., Any] = unmoved
     coordinates: bool = False
     momentum: bool = False
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import optax
 
+from lowrank_optax.guard import Guarded, chain_in_one_guard
 from lowrank_optax.projected import pieces
 
 Number = float | jax.Array
@@ -15,11 +16,11 @@ Schedule = float | jax.Array | Callable[[Any], Any]
 Mask = Any | Callable[[Any], Any] | None
 
 
-def optimizer(learning_rate: Schedule, weight_decay: Number, mask: Mask, *pieces: Any) -> Any:
-    """The pieces with decoupled weight decay and the learning rate."""
+def optimizer(learning_rate: Schedule, weight_decay: Number, mask: Mask, *pieces: Any) -> Guarded:
+    """The pieces with decoupled weight decay and the learning rate; a step that is not finite is skipped by all."""
     none = isinstance(weight_decay, float | int) and weight_decay == 0  # without reading the weights
     decay = optax.identity() if none else optax.add_decayed_weights(weight_decay, mask)
-    return optax.chain(*pieces, decay, optax.scale_by_learning_rate(learning_rate))
+    return chain_in_one_guard(*pieces, decay, optax.scale_by_learning_rate(learning_rate))
 
 
 def with_defaults(options: dict[str, Any], **defaults: Any) -> dict[str, Any]:

@@ -112,7 +112,10 @@ class Halves:
         x = refreshed(x) if due is True else jax.lax.cond(due | first, refreshed, lambda x: x, x)
         stored, rank, movable, overlap, dropped = x
         basis, projected = coordinates(stored)
-        clock = self.method.refresh.after(clock, due | first, count, jnp.mean(overlap), _norm(projected))
+        if self.method.refresh.observes:
+            size = _norm(projected)
+            # A gradient of zeros makes no basis.
+            clock = self.method.refresh.after(clock, (due | first) & (size > 0), count, jnp.mean(overlap), size)
         return Prepared(a, projected, basis, stored, rank, clock, movable, dropped)
 
     def _refresh(
@@ -135,7 +138,7 @@ class Halves:
         working = [m.astype(a.dtype) for m in moments]
         firsts = [m for m, degree in zip(working, degrees, strict=True) if degree == 1]
         momentum = firsts[0] if firsts else jnp.zeros(leaf.projected_shape, a.dtype)
-        new = projector.refresh(stored, Refreshing(a, momentum, key_of(key), count, first))
+        new = projector.refresh(stored, Refreshing(a, momentum, key_of(key), count, first, int(leaf.side == "right")))
         new = jax.tree.map(lambda x, y: x.astype(y.dtype), new, stored)
         old_basis, basis = (projector.basis(x, a, r) for x in (stored, new))
         active = jnp.asarray(r, jnp.int32)

@@ -75,7 +75,7 @@ class Leaf:
 
     def of_width(self, stored: Any) -> Leaf:
         """With the rank that stored bases have, which `resize` may have changed."""
-        basis = getattr(stored, "basis", stored)  # beside the state of its optimizer
+        basis = getattr(stored, "matrix", stored)  # beside the state of its optimizer
         known = isinstance(basis, jax.Array) and self._is_matrix(basis)
         return dataclasses.replace(self, rank=basis.shape[-1]) if known else self
 
@@ -164,7 +164,7 @@ def _chosen(
         side = "left" if m > n else "right"
     p = {"left": m, "right": n, "entries": m * n}.get(side, min(m, n))
     limit = p if coordinates and side != "both" else min(m, n)
-    r = rank_number(rank, name, shape, limit)
+    r = rank_number(rank, name, shape, limit, least=1)
     if r > limit:
         if where is None or hasattr(where, "reasons"):
             return None

@@ -38,9 +38,11 @@ class FactoredMomentumState(NamedTuple):
 def scale_by_factored_momentum(
     rank: Rank,
     decay: Number = 0.95,
-    outside: float = 0.0,
+    outside: Number = 0.0,
     reciprocal: float | None = None,
     *,
+    old_bases: bool = False,
+    nesterov: bool = False,
     where: Where | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The polar factor of a momentum of rank r, which follows the gradient on the tangent space of its rank.
@@ -59,6 +61,9 @@ def scale_by_factored_momentum(
       outside: factor of the gradient outside the tangent space; 0 leaves it out.
       reciprocal: None for the polar factor :math:`U V^\top`; a number c for :math:`U \min(1 / S, c)\, V^\top`, the
         default direction of the authors' code.
+      old_bases: whether U and V of the part outside are those before the step, as in the authors' code, which is then
+        what the step itself leaves out; in the first step there are none.
+      nesterov: whether the direction comes from a momentum that has followed the gradient once more.
       where: see `subspace`; all leaves of the tree must be kernels.
 
     Returns:
@@ -99,13 +104,15 @@ def scale_by_factored_momentum(
             )
             # A gradient of zeros leaves a missing momentum missing.
             new = jax.tree.map(lambda x, y: jnp.where(fresh & jnp.all(g == 0), y, x), new, m)
+            ahead = follow(new, g) if nesterov else new
             # Directions without a singular value are arbitrary.
-            held = new.s > jnp.finfo(g.dtype).eps * new.s[0]
-            size = jnp.ones_like(new.s) if reciprocal is None else 1 / jnp.maximum(new.s, 1 / reciprocal)
-            direction = (new.U * jnp.where(held, size, 0)[None]) @ new.V.T
-            if outside:
-                rest = g - new.U @ (new.U.T @ g)
-                direction = direction + outside * (rest - (rest @ new.V) @ new.V.T)
+            held = linalg.held(ahead.s, max(g.shape))
+            size = jnp.ones_like(ahead.s) if reciprocal is None else 1 / jnp.maximum(ahead.s, 1 / reciprocal)
+            direction = (ahead.U * jnp.where(held, size, 0)[None]) @ ahead.V.T
+            if not (isinstance(outside, float | int) and outside == 0):
+                at = jax.tree.map(lambda x, y: jnp.where(fresh, x, y), new, m) if old_bases else new
+                rest = g - at.U @ (at.U.T @ g)
+                direction = direction + outside * (rest - (rest @ at.V) @ at.V.T)
             return direction, new
 
         missing = jnp.any(jnp.all(momentum.U == 0, axis=(-2, -1)) & jnp.any(g != 0, axis=(-2, -1)))
@@ -126,8 +133,10 @@ def mofasgd(
     rank: Rank = 32,
     *,
     momentum: Number = 0.95,
-    outside: float = 0.0,
+    outside: Number = 0.0,
     reciprocal: float | None = None,
+    old_bases: bool = False,
+    nesterov: bool = False,
     weight_decay: Number = 0.0,
     mask: Mask = None,
     where: Where | None = None,
@@ -144,6 +153,8 @@ def mofasgd(
       momentum: decay of the momentum.
       outside: see `lowrank_optax.projected.scale_by_factored_momentum`.
       reciprocal: likewise.
+      old_bases: likewise.
+      nesterov: likewise.
       weight_decay: decoupled decay, times the learning rate.
       mask: leaves to decay.
       where: see `lowrank_optax.subspace`.
@@ -160,5 +171,7 @@ def mofasgd(
       Mahdavinia, Mahdavi, `arXiv:2507.08091 <https://arxiv.org/abs/2507.08091>`_, 2025, algorithm 1.
     """
     others = optax.scale_by_adam() if ordinary is None else ordinary
-    kernels = scale_by_factored_momentum(rank, momentum, outside, reciprocal, where=where)
+    kernels = scale_by_factored_momentum(
+        rank, momentum, outside, reciprocal, old_bases=old_bases, nesterov=nesterov, where=where
+    )
     return optimizer(learning_rate, weight_decay, mask, kernels_and_others(kernels, others, rank, where))

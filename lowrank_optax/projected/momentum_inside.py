@@ -22,6 +22,9 @@ def flora(
     b1: float = 0.9,
     decay_rate: float = 0.8,
     clip: float = 1.0,
+    with_present: bool = False,
+    min_dim_size_to_factor: int = 128,
+    multiply_by_parameter_scale: bool = True,
     weight_decay: Number = 0.0,
     mask: Mask = None,
     **options: Any,
@@ -30,16 +33,20 @@ def flora(
 
     .. math:: U = (1 - b_1)\, u + b_1\, P C, \quad C \leftarrow b_1 C + (1 - b_1) P^\top u
 
-    with u the gradient over its factored second moment. When P changes, C goes up by the old P and down by the new one,
-    as in the authors' PyTorch code; their JAX code goes down by the old one too.
+    with u the gradient over its factored second moment. When P changes, C goes up by the old P and down by the new one
+    after U was made, as in the authors' PyTorch code; their JAX code goes down by the old one too.
 
     Args:
       learning_rate: a number or a schedule, relative to the root mean square of each parameter.
       rank: r.
       refresh: steps with one P.
       b1: decay of the momentum.
-      decay_rate: exponent of the decay of the second moment.
+      decay_rate: exponent of the decay of the second moment; 0.99 in the authors' JAX code.
       clip: largest root mean square of an update.
+      with_present: whether U has the new C, and so the present gradient once more, as in the authors' JAX code.
+      min_dim_size_to_factor: kernels with a shorter side have a second moment for every entry. The authors' PyTorch
+        code factors all, as with 1.
+      multiply_by_parameter_scale: whether the learning rate is relative.
       weight_decay: decoupled decay, times the learning rate.
       mask: leaves to decay.
       **options: of `lowrank_optax.subspace`.
@@ -56,12 +63,14 @@ def flora(
       Hao, Cao, Mou, `arXiv:2402.03293 <https://arxiv.org/abs/2402.03293>`_, 2024, algorithm 2.
     """
     options = with_defaults(options, projector=projectors.gaussian(), carry="lift", scale=b1)
-    options = with_defaults(
-        options, residual=residuals.sgd(1 - b1, of="gradient"), ordinary=optax.ema(b1, debias=False)
-    )
-    momentum = subspace(pieces.delayed_ema(b1), rank=rank, refresh=refresh, **options)
-    rms, limit = optax.scale_by_factored_rms(decay_rate=decay_rate), optax.clip_by_block_rms(clip)
-    return optimizer(learning_rate, weight_decay, mask, rms, momentum, limit, optax.scale_by_param_block_rms())
+    leak = 0.0 if with_present else b1  # the old C by the old P
+    residual = residuals.sgd(1 - b1, of="gradient", leak=leak)
+    options = with_defaults(options, residual=residual, ordinary=optax.ema(b1, debias=False))
+    inner = optax.ema(b1, debias=False) if with_present else pieces.delayed_ema(b1)
+    momentum = subspace(inner, rank=rank, refresh=refresh, **options)
+    rms = optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor)
+    relative = optax.scale_by_param_block_rms() if multiply_by_parameter_scale else optax.identity()
+    return optimizer(learning_rate, weight_decay, mask, rms, momentum, optax.clip_by_block_rms(clip), relative)
 
 
 def sumo(
@@ -126,7 +135,7 @@ def dion(
 
     Args:
       learning_rate: h, a number or a schedule.
-      rank: r, by default the shorter side.
+      rank: r, by default the shorter side. A fraction is rounded to the nearest; the authors round it up.
       momentum: mu.
       weight_decay: decoupled decay, times the learning rate.
       mask: leaves to decay.
@@ -170,7 +179,7 @@ def trion(
       learning_rate: h, a number or a schedule.
       rank: r, the number of coefficients.
       momentum: mu.
-      ns_steps: Newton-Schulz iterations.
+      ns_steps: Newton-Schulz iterations, an int that no `inject_hyperparams` may trace.
       weight_decay: decoupled decay, times the learning rate.
       mask: leaves to decay.
       **options: of `lowrank_optax.subspace`; `ordinary`, the transformation of other leaves, is

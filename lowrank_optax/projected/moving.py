@@ -77,14 +77,17 @@ def grassmann(learning_rate: float | jax.Array = 10.0) -> Projector:
 
 
 class Moving(NamedTuple):
-    """A basis and the state of the optimizer that moves it."""
+    """A basis, the state of the optimizer that moves it, and whether this step has made it."""
 
-    basis: jax.Array
+    matrix: jax.Array
     optimizer: Any
+    fresh: jax.Array
 
 
 def oja(optimizer: optax.GradientTransformation) -> Projector:
     r"""A basis that an optimizer moves after every use, by the gradient of the loss of principal components.
+
+    It begins with singular vectors, where the loss has no slope but rounding, and moves from the next step on.
 
     .. math:: L(P) = |P P^\top \bar A - \bar A|_F^2, \quad \bar A = A / |A|_F
 
@@ -99,10 +102,11 @@ def oja(optimizer: optax.GradientTransformation) -> Projector:
 
     def init(key: jax.Array, shape: tuple[int, int], rank: int, dtype: Any) -> Moving:
         basis = jnp.zeros((shape[0], rank), dtype)
-        return Moving(basis, optimizer.init(basis))
+        return Moving(basis, optimizer.init(basis), jnp.zeros((), bool))
 
     def refresh(stored: Moving, at: Refreshing) -> Moving:
-        return stored._replace(basis=toward(stored.basis, leading(at.gradient, stored.basis.shape[1])))
+        matrix = toward(stored.matrix, leading(at.gradient, stored.matrix.shape[1]))
+        return stored._replace(matrix=matrix, fresh=jnp.ones((), bool))
 
     def after(stored: Moving, basis: jax.Array, gradient: jax.Array, projected: jax.Array, count: jax.Array) -> Moving:
         size = linalg.norm(gradient)
@@ -110,19 +114,21 @@ def oja(optimizer: optax.GradientTransformation) -> Projector:
         error = basis @ inside - unit
         slope = 2 * (error @ inside.T + unit @ (error.T @ basis))
         step, state = optimizer.update(slope, stored.optimizer, basis)
-        moved = Moving(basis + step, state)
-        return jax.tree.map(lambda new, old: jnp.where(size > 0, new, old), moved, stored)
+        moved = stored._replace(matrix=basis + step, optimizer=state)
+        moves = (size > 0) & ~stored.fresh
+        kept = jax.tree.map(lambda new, old: jnp.where(moves, new, old), moved, stored)
+        return kept._replace(fresh=jnp.zeros((), bool))
 
-    return Projector(refresh, init, lambda stored, gradient, rank: stored.basis, after=after)
+    return Projector(refresh, init, lambda stored, gradient, rank: stored.matrix, after=after)
 
 
 def coap(period: int = 32, recalibrate: int = 5, learning_rate: float | jax.Array = 0.1) -> Projector:
     r"""A gradient step on the basis that keeps the momentum correlated with the gradient, and now and then a new basis.
 
-    .. math:: L(P) = \mathrm{mean}\,(P P^\top A - A)^{2} \; \big(1 - \mathrm{mean}_j \cos(P m_j, A_j)\big)
+    .. math:: L(P) = \mathrm{mean}\,(P P^\top A - A)^{2} \; \big(1 - \mathrm{mean}_j \cos((P M)_j, A_j)\big)
 
-    over columns j. Every `recalibrate`-th refresh the basis becomes the left singular vectors of :math:`A Q`, with Q
-    the orthonormal factor of :math:`A^\top P`.
+    over the outputs j of the kernel, whichever side is projected. Every `recalibrate`-th refresh the basis becomes the
+    left singular vectors of :math:`A Q`, with Q the orthonormal factor of :math:`A^\top P`.
 
     Args:
       period: steps between refreshes, the same as in `refresh`.
@@ -133,14 +139,14 @@ def coap(period: int = 32, recalibrate: int = 5, learning_rate: float | jax.Arra
       Xiao et al., COAP, `arXiv:2412.00071 <https://arxiv.org/abs/2412.00071>`_, 2024, equations 5 to 8.
     """
 
-    def loss(basis: jax.Array, a: jax.Array, momentum: jax.Array) -> jax.Array:
+    def loss(basis: jax.Array, a: jax.Array, momentum: jax.Array, inputs: int) -> jax.Array:
         lifted = basis @ momentum
-        product = _safe_norms(lifted) * _safe_norms(a)
-        cosine = jnp.sum(lifted * a, axis=0) / jnp.maximum(product, 1e-8)
+        product = _safe_norms(lifted, inputs) * _safe_norms(a, inputs)
+        cosine = jnp.sum(lifted * a, axis=inputs) / jnp.maximum(product, 1e-8)
         return jnp.mean(jnp.square(basis @ (basis.T @ a) - a)) * (1 - jnp.mean(cosine))
 
     def step(stored: jax.Array, at: Refreshing) -> jax.Array:
-        slope = jax.grad(loss)(stored, at.gradient, at.momentum)
+        slope = jax.grad(loss)(stored, at.gradient, at.momentum, at.inputs)
         return stored - learning_rate * slope * jnp.minimum(1, 1 / (linalg.norm(slope) + 1e-6))
 
     def calibrated(stored: jax.Array, at: Refreshing) -> jax.Array:
@@ -156,9 +162,9 @@ def coap(period: int = 32, recalibrate: int = 5, learning_rate: float | jax.Arra
     return Projector(refresh, momentum=True)
 
 
-def _safe_norms(x: jax.Array) -> jax.Array:
-    """Norms of columns; their derivative at zero is zero."""
-    squares = jnp.sum(jnp.square(x), axis=0)
+def _safe_norms(x: jax.Array, axis: int) -> jax.Array:
+    """Norms along an axis; their derivative at zero is zero."""
+    squares = jnp.sum(jnp.square(x), axis=axis)
     return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
 
 

@@ -51,6 +51,10 @@ def correct_bias(b1: float | jax.Array = 0.9, b2: float | jax.Array = 0.999) -> 
       b2: decay of the second moment.
     """
 
+    for b in (b1, b2):
+        if isinstance(b, float | int) and not 0 <= b < 1:
+            raise ValueError(f"the decay of a moment whose bias is corrected is at least 0 and below 1, got {b}")
+
     def factor(count: jax.Array) -> jax.Array:
         t = count + 1
         working = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32  # type: ignore[attr-defined]
@@ -106,11 +110,14 @@ def normalize_rows() -> optax.GradientTransformation:
 
 
 def polar() -> optax.GradientTransformation:
-    """Coordinates are replaced by their orthogonal polar factor, computed from an SVD."""
+    """Coordinates are replaced by their orthogonal polar factor, computed from an SVD.
+
+    Directions without a singular value are arbitrary, and left out.
+    """
 
     def factor(x: jax.Array) -> jax.Array:
-        p, _, q = linalg.svd(x)
-        return p @ q.T
+        p, s, q = linalg.svd(x)
+        return (p * linalg.held(s, max(x.shape))[None]) @ q.T
 
     return of_matrices(factor)
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Refresh(NamedTuple):
@@ -16,10 +17,10 @@ class Refresh(NamedTuple):
       due: `due(clock, count, index, number, norm)` tells whether kernel `index` of `number` gets a new basis, True for
         always. `norm()` is the norm of the gradient in the current basis.
       init: `init()` returns the clock before the first step.
-      after: `after(clock, refreshed, count, overlap, norm)` returns the clock after a step, given `|cos|` of the first
-        vectors of the old and the new basis, and the norm of the gradient in the new one.
+      after: `after(clock, refreshed, count, overlap, norm)` returns the clock after a step, given whether the kernel
+        got a basis, `|cos|` of the first vectors of the old and the new one, and the norm of the gradient in the basis.
       together: whether all kernels are refreshed in the same steps.
-      observes: whether `after` looks at `overlap` and `norm`.
+      observes: whether there is an `after`.
     """
 
     due: Callable[..., Any]
@@ -29,11 +30,13 @@ class Refresh(NamedTuple):
     observes: bool = False
 
 
-def every(period: int | jax.Array, stagger: bool = False) -> Refresh:
+def every(period: int | jax.Array, stagger: bool = False, offset: int = 0) -> Refresh:
     """A new basis in every `period`-th step.
 
     Args:
       period: number of steps.
+      offset: the number of the first of these steps, where the very first step has number 0 and makes a basis anyway.
+        Code that counts steps from 1 and refreshes when `period` divides the number has `offset=period - 1`.
       stagger: whether kernels take turns: kernel i of n at the steps whose number has the remainder
         `i * period // n`. No step then has to compute all bases, and none takes much longer than another.
 
@@ -42,8 +45,11 @@ def every(period: int | jax.Array, stagger: bool = False) -> Refresh:
       >>> refresh = lro.refresh.every(200, stagger=True)
     """
 
+    if not isinstance(period, jax.Array | np.ndarray) and not (isinstance(period, int | np.integer) and period >= 1):
+        raise ValueError(f"a period is a number of steps, an int of at least 1, got {period!r}")
+
     def due(clock: Any, count: jax.Array, index: int, number: int, norm: Any) -> jax.Array:
-        return count % period == (index * period // number if stagger else 0)
+        return count % period == (offset + (index * period // number if stagger else 0)) % period
 
     return Refresh(due, together=not stagger)
 

@@ -56,19 +56,22 @@ def drop() -> Residual:
     return Residual(lambda state, at: (None, state), looks=False)
 
 
-def sgd(scale: float | jax.Array = 1.0, of: str = "residual") -> Residual:
+def sgd(scale: float | jax.Array = 1.0, of: str = "residual", leak: float | jax.Array = 0.0) -> Residual:
     """The residual is a direction itself, as of gradient descent.
 
     Args:
       scale: its factor.
       of: "residual", or "gradient" for the whole gradient.
+      leak: weight of the part of the first moment that a change of basis dropped, see `feedback`.
     """
     _check_of(of)
+    drops = not _is_zero(leak)
 
     def apply(state: Any, at: Projection) -> tuple[Any, Any]:
-        return scale * (at.gradient if of == "gradient" else at.outside()), state
+        direction = scale * (at.gradient if of == "gradient" else at.outside())
+        return direction + leak * at.dropped if drops else direction, state
 
-    return Residual(apply)
+    return Residual(apply, drops=drops)
 
 
 def sign(scale: float | jax.Array = 1.0) -> Residual:
@@ -140,7 +143,7 @@ def feedback(keep: float | jax.Array = 0.0, leak: float | jax.Array = 0.0, dtype
     References:
       Robert et al., LDAdam, `arXiv:2410.16103 <https://arxiv.org/abs/2410.16103>`_, 2024, algorithm 1.
     """
-    drops = not (isinstance(leak, float | int) and leak == 0)
+    drops = not _is_zero(leak)
 
     def apply(state: jax.Array, at: Projection) -> tuple[None, jax.Array]:
         error = _rest(at, keep)
@@ -156,9 +159,14 @@ def feedback(keep: float | jax.Array = 0.0, leak: float | jax.Array = 0.0, dtype
 
 def _rest(at: Projection, share: float | jax.Array) -> jax.Array:
     """The part outside and a share of the part inside."""
-    if isinstance(share, float | int) and share == 0:
+    if _is_zero(share):
         return at.outside()
     return at.outside() + share * at.inside()
+
+
+def _is_zero(x: float | jax.Array) -> bool:
+    """Whether x is known to be zero, so that no array need be made for it."""
+    return isinstance(x, float | int) and x == 0
 
 
 def _check_of(of: str) -> None:

@@ -10,7 +10,7 @@ import optax
 
 from lowrank_optax import linalg
 from lowrank_optax.axes import Rank, Where
-from lowrank_optax.guard import skip_not_finite
+from lowrank_optax.guard import chain_in_one_guard, skip_not_finite, without_guard
 from lowrank_optax.projected import pieces, projectors, residuals
 from lowrank_optax.projected.apart import kernels_and_others, numbers, over_kernels, start_kernels
 from lowrank_optax.projected.common import Mask, Number, Schedule, optimizer, with_defaults
@@ -58,7 +58,7 @@ def scale_by_subset_norm(
     References:
       Nguyen, Nguyen, `arXiv:2411.07120 <https://arxiv.org/abs/2411.07120>`_, 2024, algorithm 1.
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = optax.with_extra_args_support(without_guard(inner))
 
     def init(params: Any) -> SubsetNormState:
         def start(leaf: Leaf, x: Any) -> jax.Array:
@@ -124,5 +124,6 @@ def snsm(
     options = with_defaults(options, projector=projectors.svd(), carry="reset", residual=residuals.sgd(), where=where)
     where, ordinary = options["where"], options.pop("ordinary", optax.scale_by_adam(b1, b2))
     momentum = subspace(optax.ema(b1, debias=False), rank=rank, refresh=refresh, **options)
-    kernels = optax.chain(scale_by_subset_norm(momentum, b2, eps, rank=rank, where=where), pieces.correct_bias(b1, b2))
+    direction = scale_by_subset_norm(momentum, b2, eps, rank=rank, where=where)
+    kernels = chain_in_one_guard(direction, pieces.correct_bias(b1, b2))
     return optimizer(learning_rate, weight_decay, mask, kernels_and_others(kernels, ordinary, rank, where))

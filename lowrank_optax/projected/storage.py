@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.projected.base import Projector, Refreshing
+from lowrank_optax.projected.base import Projector, Refreshing, unmoved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,11 @@ def stored_as(projector: Projector, basis_dtype: Any) -> Projector:
         close = lambda x: x.astype(basis_dtype)  # noqa: E731
         opened = lambda x, shape, dtype: x.astype(dtype)  # noqa: E731
 
+    if projector.after is not unmoved:
+        raise ValueError(
+            "basis_dtype rounds a basis, and this projector moves it in every step: leave basis_dtype=None"
+        )
+
     def init(key: jax.Array, shape: tuple[int, int], rank: int, dtype: Any) -> Any:
         first = projector.init(key, shape, rank, dtype)
         if not isinstance(first, jax.Array) or first.shape != (shape[0], rank) or projector.coordinates:
@@ -80,7 +85,4 @@ def stored_as(projector: Projector, basis_dtype: Any) -> Projector:
     def basis(stored: Any, gradient: jax.Array, rank: int) -> Any:
         return projector.basis(opened(stored, (gradient.shape[0], rank), gradient.dtype), gradient, rank)
 
-    def after(stored: Any, basis: Any, gradient: jax.Array, projected: jax.Array, count: jax.Array) -> Any:
-        return stored
-
-    return projector._replace(init=init, refresh=refresh, basis=basis, after=after)
+    return projector._replace(init=init, refresh=refresh, basis=basis)

@@ -14,7 +14,7 @@ from lowrank_optax import linalg
 from lowrank_optax.axes import Rank, Where
 from lowrank_optax.boxes import unboxed, unwrapped
 from lowrank_optax.checks import arrays_of
-from lowrank_optax.guard import MOST_SKIPS, check_guarded, is_finite, let_through, unskipped
+from lowrank_optax.guard import MOST_SKIPS, Guarded, check_guarded, guarded, is_finite, let_through, unskipped
 from lowrank_optax.layout.mesh import Mesh
 from lowrank_optax.moments import Copy, Moments
 from lowrank_optax.projected.base import Projector
@@ -74,7 +74,7 @@ def subspace(
     first_moments: Sequence[str] = (),
     second_moments: Sequence[str] = (),
     max_consecutive_skips: int | jax.Array = MOST_SKIPS,
-) -> optax.GradientTransformationExtraArgs:
+) -> Guarded:
     r"""An Optax transformation in subspaces of the gradients of dense kernels, so that its state is small.
 
     .. math::
@@ -91,7 +91,8 @@ def subspace(
     Args:
       inner: transformation of coordinates; leaves that are not projected get it unchanged.
       projector: how bases are made, from `lowrank_optax.projectors`.
-      rank: r, an int, a fraction of the most that the side allows, or a callable of path and shape that returns either.
+      rank: r, an int, a fraction of the most that the side allows, rounded to the nearest, or a callable of path and
+        shape that returns either.
       refresh: when bases are made, from `lowrank_optax.refresh`; a number is a period. Default: every 200 steps.
       carry: how moments change basis, from `lowrank_optax.carry` or by name: "keep", "reset", "reset_count", "rotate"
         or "lift".
@@ -151,7 +152,8 @@ def subspace(
         second_moments,
     ).ready()
     loop = _Loop(optax.with_extra_args_support(inner), method, max_consecutive_skips)
-    return optax.GradientTransformationExtraArgs(loop.init, loop.update)
+    inside = optax.GradientTransformationExtraArgs(loop.init, loop.update)
+    return guarded(loop.init_guarded, loop.update_guarded, inside, max_consecutive_skips)
 
 
 class _Kernel(NamedTuple):
@@ -172,6 +174,10 @@ class _Loop:
         self._ordinary = inner if method.ordinary is None else optax.with_extra_args_support(method.ordinary)
         self._moments = Moments(inner, method.first_moments, method.second_moments)
 
+    def init_guarded(self, params: Any) -> Any:
+        """The state before the first step, with the guard around it."""
+        return unskipped(self.init(params))
+
     def init(self, params: Any) -> Any:
         """The state before the first step. Its arrays lie and have boxes like the parameters that they mirror."""
         boxed, params = params, arrays_of(unwrapped(params)[0])
@@ -180,7 +186,7 @@ class _Loop:
             # Compiled, because eager operations in explicit mode would need `jax.set_mesh`. No number of the
             # parameters is used, but they tell the compiler the devices.
             start = jax.jit(functools.partial(mesh.auto, start), keep_unused=True)
-        return boxed_state(unskipped(start(params)), boxed)
+        return boxed_state(start(params), boxed)
 
     def _start(self, params: Any) -> SubspaceState:
         method = self._method
@@ -235,11 +241,20 @@ class _Loop:
 
         return only(True), only(False)
 
+    def update_guarded(self, grads: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        """One step, skipped if something is not finite."""
+        check_guarded(state)
+        updates, new, finite = self._step(grads, state.inner_state, params, extra_args)
+        return let_through(finite, updates, new, state, self._most_skips)
+
     def update(self, grads: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         """One step. Parameters are needed only by an inner transformation that looks at them."""
-        (grads, rebox), (guarded, rebox_state), (params, _) = map(unboxed, (grads, state, params))
-        check_guarded(guarded)
-        state, method = guarded.inner_state, self._method
+        return self._step(grads, state, params, extra_args)[:2]
+
+    def _step(self, grads: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any, jax.Array]:
+        """Updates, the new state, and whether all is finite."""
+        (grads, rebox), (state, rebox_state), (params, _) = map(unboxed, (grads, state, params))
+        method = self._method
         leaves, treedef, chosen = chosen_leaves(grads, method)
         weights = None if params is None else treedef.flatten_up_to(params)
         kernels = _kernels(treedef, chosen, state)
@@ -286,8 +301,7 @@ class _Loop:
         # much smaller.
         seen = leaves if method.projector.coordinates else projected
         finite = is_finite(seen, steps, state, new)
-        out, guarded = let_through(finite, treedef.unflatten(updates), new, guarded, self._most_skips)
-        return rebox(out), rebox_state(guarded)
+        return rebox(treedef.unflatten(updates)), rebox_state(new), finite
 
     def _steps(
         self,
@@ -304,7 +318,7 @@ class _Loop:
         at_inner, at_others = (None, None) if points is None else self._split(treedef, chosen, points)
         steps, inner_state = self._inner.update(inner, inner_state, at_inner, **extra_args)
         updates = list(treedef.flatten_up_to(steps))
-        if others is not None:
+        if others is not None and leaves:
             steps, ordinary = self._ordinary.update(others, ordinary, at_others, **extra_args)
             pairs = zip(updates, treedef.flatten_up_to(steps), strict=True)
             updates = [x if i in chosen else y for i, (x, y) in enumerate(pairs)]

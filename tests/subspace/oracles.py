@@ -98,9 +98,12 @@ def adarankgrad(grads, r, lost, ratio, at_most, scale):
 def online_subspace(grads, r, lr, scale, eps=1e-6):
     adam, of_basis, P = Adam(eps=eps), Adam(), None
     for G in grads:
-        P = top(G, r) if P is None else P
+        fresh = P is None
+        P = top(G, r) if fresh else P
         N = adam.plain(P.T @ G)
         yield scale * adam.correction * P @ N
+        if fresh:  # the authors' code has no slope yet
+            continue
         S = G @ G.T / np.sum(G**2)
         # The derivative of tr(S) - 2 tr(P^T S P) + tr(P^T S P P^T P), which the loss of X = G / |G| is.
         P = P - lr * of_basis.step(-4 * S @ P + 2 * S @ P @ P.T @ P + 2 * P @ P.T @ S @ P)
@@ -116,8 +119,8 @@ def numerical(f, x, h=1e-6):
     return out
 
 
-def coap(grads, r, period, every, lr, start):
-    """From the Gaussian matrix `start`."""
+def coap(grads, r, period, every, lr, start, inputs):
+    """From the Gaussian matrix `start`; the axis `inputs` of a gradient is that of the inputs of the kernel."""
     adam, P = Adam(eps=1e-6), None
     for t, G in enumerate(grads):
         if t % (period * every) == 0:
@@ -129,7 +132,8 @@ def coap(grads, r, period, every, lr, start):
 
             def loss(P, G=G, M=M):
                 Y = P @ M
-                cos = np.sum(Y * G, axis=0) / (np.linalg.norm(Y, axis=0) * np.linalg.norm(G, axis=0))
+                norms = np.linalg.norm(Y, axis=inputs) * np.linalg.norm(G, axis=inputs)
+                cos = np.sum(Y * G, axis=inputs) / norms
                 return np.mean((P @ P.T @ G - G) ** 2) * (1 - np.mean(cos))
 
             D = numerical(loss, P)
@@ -182,14 +186,13 @@ def dct_adam(grads, r, kind):
         yield P @ adam.step(a)
 
 
-def flora_momentum(grads, bases, b1):
-    C, old = 0.0, None
+def flora_momentum(grads, bases, b1, with_present=False):
+    old, C = bases[0], np.zeros((bases[0].shape[1], grads[0].shape[1]))
     for u, P in zip(grads, bases, strict=True):
-        if old is not None and not np.array_equal(old, P):
-            C = P.T @ (old @ C)
+        before = old @ C
+        C = b1 * (P.T @ before if not np.array_equal(P, old) else C) + (1 - b1) * P.T @ u
         old = P
-        yield (1 - b1) * u + b1 * P @ (C if np.ndim(C) else np.zeros((P.shape[1], u.shape[1])))
-        C = b1 * C + (1 - b1) * P.T @ u
+        yield (1 - b1) * u + b1 * (P @ C if with_present else before)
 
 
 def sumo(grads, r, period, b1):
@@ -216,20 +219,24 @@ def snsm(grads, r, period, b1=0.9, b2=0.999, eps=1e-6):
         yield correction * (P @ M + G - P @ R) / (np.sqrt(v) + eps)
 
 
-def mofasgd(grads, r, beta, outside, most=None):
+def mofasgd(grads, r, beta, outside, most=None, old_bases=False, nesterov=False):
     """With dense matrices."""
-    M = U = V = None
-    for G in grads:
-        if M is not None:
-            left, right = U @ U.T, V @ V.T
-            G_tangent = left @ G + G @ right - left @ G @ right
-        M = G if M is None else beta * M + G_tangent
+
+    def followed(U, s, V, G):
+        left, right = U @ U.T, V @ V.T
+        return truncated(beta * U * s @ V.T + left @ G + G @ right - left @ G @ right)
+
+    def truncated(M):
         U, s, Vt = np.linalg.svd(M, full_matrices=False)
-        U, s, V = U[:, :r], s[:r], Vt[:r].T
-        M = U * s @ V.T
-        yield U * (1 if most is None else np.minimum(1 / s, most)) @ V.T + outside * (G - U @ U.T @ G) @ (
-            np.eye(len(V)) - V @ V.T
-        )
+        return U[:, :r], s[:r], Vt[:r].T
+
+    at = None
+    for G in grads:
+        old, at = at, truncated(G) if at is None else followed(*at, G)
+        U, s, V = followed(*at, G) if nesterov else at
+        direction = U * (1 if most is None else np.minimum(1 / s, most)) @ V.T
+        U, _, V = old if old_bases and old is not None else at
+        yield direction + outside * (G - U @ U.T @ G) @ (np.eye(len(V)) - V @ V.T)
 
 
 def dion(grads, Q, mu):

@@ -113,6 +113,36 @@ def test_preserves_structure_shapes_and_dtypes(name, dtype):
 
 
 @pytest.mark.parametrize("name", EACH)
+def test_a_step_that_is_not_finite_leaves_no_trace(name):
+    """In no piece of a method: moments, counts of bias corrections and schedules, weight decay, other leaves."""
+    schedule = optax.linear_schedule(0.1, 0.0, 10)
+    tx, tree = CASES[name](schedule, where=where, weight_decay=0.1), params()
+    grads, update = jax.grad(loss)(tree), jax.jit(tx.update)
+    _, state = update(grads, tx.init(tree), tree)
+    for bad in ("stack", "bias"):
+        spoiled = {**grads, bad: jax.tree.map(lambda x: x.at[..., :1].set(jnp.nan), grads[bad])}
+        updates, skipped = update(spoiled, state, tree)
+        assert not any(map(np.any, jax.tree.leaves(updates)))
+        assert int(skipped.notfinite_count) == 1
+        for x, y in zip(jax.tree.leaves(skipped.inner_state), jax.tree.leaves(state.inner_state), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize(
+    "tree", [{}, {"bias": jnp.ones(3)}, {"kernel": jnp.ones((6, 5))}], ids=lambda tree: str([*tree])
+)
+@pytest.mark.filterwarnings("ignore:.*projects nothing|.*nothing is projected:UserWarning")
+def test_trees_without_kernels_or_without_others(name, tree):
+    """By themselves, and as a part of `optax.partition` that gets no leaf."""
+    tx = CASES[name](0.01)
+    both = optax.partition({"a": tx, "b": optax.sgd(0.1)}, lambda tree: jax.tree.map(lambda x: "b", tree))
+    for each in (tx, both):
+        updates, _ = each.update(tree, each.init(tree), tree)
+        assert signature(updates) == signature(tree)
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_map_params_and_specs_of_shapes(name):
     """`optax.tree.map_params` calls `init` on a tree without leaves, and finds the moments of ordinary leaves."""
     tx, tree, state = start(name)

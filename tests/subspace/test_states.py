@@ -168,6 +168,48 @@ def test_resize_refuses_what_it_cannot_cut():
         lro.projected.resize(lro.apollo(1e-3, 2).init(params))
 
 
+# --- ranks and bases ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (3, 40)])
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5])
+def test_a_fraction_of_a_side_is_the_rank(fraction, shape):
+    """No least rank, which kernels of low rank have."""
+    state = lro.frugal(1e-2, fraction).init({"kernel": jnp.ones(shape)})
+    side = min(shape)
+    assert optax.tree.get(state, "basis")["kernel"].shape == (side, max(1, round(fraction * side)))
+
+
+@pytest.mark.parametrize("refresh", [lro.refresh.converged(1.0), lro.refresh.doubling(1, threshold=0.0, window=1)])
+def test_a_gradient_of_zeros_tells_a_schedule_nothing(refresh):
+    """It makes no basis, so it is no reference for the next one."""
+    params = jax.random.normal(jax.random.key(0), (6, 8))
+    tx = lro.subspace(optax.identity(), lro.projectors.svd(), rank=2, refresh=refresh)
+    _, before = tx.update(params, tx.init(params))
+    _, after = tx.update(jnp.zeros_like(params), before)
+    old, new = (optax.tree.get(x, "clock") for x in (before, after))
+    if hasattr(old, "reference"):
+        assert new.reference == old.reference > 0 and new.steps == old.steps + 1
+    else:
+        np.testing.assert_equal(jax.tree.map(np.asarray, new), jax.tree.map(np.asarray, old))
+
+
+def test_directions_without_a_gradient_do_not_move():
+    """A polar factor of fewer directions than the rank has no others, which would be arbitrary and of full size."""
+    g = jnp.zeros((6, 8)).at[:2].set(jax.random.normal(jax.random.key(0), (2, 8)))
+    for tx in (lro.sumo(1.0, 3), lro.mofasgd(1.0, 3)):
+        updates, _ = tx.update(g, tx.init(g), g)
+        assert np.max(np.abs(updates[2:])) < 1e-6 < np.max(np.abs(updates[:2]))
+
+
+def test_numbers_of_a_factored_momentum_can_be_injected():
+    g = jax.random.normal(jax.random.key(0), (6, 8))
+    plain = lro.mofasgd(0.1, 2, outside=0.5)
+    tx = optax.inject_hyperparams(lro.mofasgd, static_args=("rank",))(learning_rate=0.1, rank=2, outside=0.5)
+    updates, _ = jax.jit(tx.update)(g, tx.init(g), g)
+    np.testing.assert_allclose(updates, plain.update(g, plain.init(g), g)[0], atol=1e-6)
+
+
 # --- misuse -------------------------------------------------------------------------------
 
 
@@ -182,6 +224,8 @@ def test_misuse_is_refused_by_name():
         (ValueError, "side='both' goes with", dict(side="both", carry="rotate")),
         (ValueError, "refresh all kernels together", dict(carry="reset_count", refresh=lro.refresh.doubling())),
         (ValueError, "adapt_rank sets columns", dict(adapt_rank=lro.projected.energy(), basis_dtype=jnp.bfloat16)),
+        (ValueError, "moves it in every step", dict(projector=lro.projectors.dion(), basis_dtype=jnp.bfloat16)),
+        *((ValueError, "a period is a number of steps", dict(refresh=x)) for x in (0, 2.5, "200")),
     ]:
         with pytest.raises(error, match=match):
             lro.subspace(adam, **{"projector": svd, "rank": 2, **options})
@@ -199,6 +243,11 @@ def test_misuse_is_refused_by_name():
     ]:
         with pytest.raises(error, match=match):
             lro.subspace(adam, **{"projector": svd, "rank": 2, **options}).init(params)
+    with pytest.raises(TypeError, match="refresh of coap is a number of steps"):
+        lro.coap(1e-2, 2, refresh=lro.refresh.every(4))
+    for alias in (lro.galore, lro.snsm, lro.fira):
+        with pytest.raises(ValueError, match="bias is corrected is at least 0 and below 1, got 1"):
+            alias(1e-2, 2, b2=1.0)
     with pytest.warns(UserWarning, match="projects none of the 1 matrices"):
         lro.subspace(adam, svd, rank=2).init({"weight": kernel})
     with pytest.warns(UserWarning, match="the rank 7 fits none"):
