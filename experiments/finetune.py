@@ -72,7 +72,11 @@ class Finetune(Config):
         "lora_muon": 5e-3,
         "lowrank_adam": 6e-3,
         "lowrank_muon": 4e-2,
-        "adapter:kind=lora:rule=plus": 7.5e-4,
+        "adapter:kind=lora:rule=plus": 1.5e-3,
+        "adapter:kind=lora:start=pissa": 1.5e-3,
+        "adapter:kind=lora:alpha=16:scale=alpha/sqrt(r)": 3e-3,
+        "adapter:kind=dora": 6e-3,
+        "adapter:kind=core": 2.4e-2,
     }
 
     method: str = shared("method", "full,lora,lowrank_adam")

@@ -290,13 +290,21 @@ def optimizer(name: str, task: Task, config: Config) -> optax.GradientTransforma
     return optax.partition({"kernels": of_kernels, "others": others, "frozen": optax.set_to_zero()}, who)
 
 
-def mean_rank(params: Params) -> float | None:
-    """Mean rank of the factored kernels: the active one if low-rank, else their width; None where there is neither."""
+def mean_rank(params: Params, opt_state: Any) -> float | None:
+    """Mean rank of the factored kernels: the active one if low-rank, else their width; or of subspaces of gradients.
+
+    None where there is none of them.
+    """
     nodes = [x for x in jax.tree.leaves(params, is_leaf=kernels.is_factored) if kernels.is_factored(x)]
     pairs = [width for width in map(kernels.width, nodes) if width is not None]
     lowrank = [x for x in nodes if lro.is_lowrank(x)]
-    if pairs or not lowrank:
-        return float(np.mean(pairs)) if pairs else None
+    if pairs:
+        return float(np.mean(pairs))
+    if not lowrank:
+        is_state = lambda x: isinstance(x, lro.SubspaceState)  # noqa: E731
+        states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
+        subspaces = jax.device_get(jax.tree.leaves([x.rank for x in states]))
+        return float(np.mean(np.concatenate([np.ravel(x) for x in subspaces]))) if subspaces else None
     return float(np.mean([np.asarray(r, float).mean() for r in _ranks(lowrank).values()]))
 
 

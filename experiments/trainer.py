@@ -156,7 +156,7 @@ def train(config: Config, session: Session, name: str, interrupted: Callable[[],
                     jax.block_until_ready(state)
                     now = time.perf_counter()
                     record = {"step": step, "loss": float(loss)}
-                    rank = methods.mean_rank(state.params)
+                    rank = methods.mean_rank(state.params, state.opt_state)
                     if rank is not None:
                         record["rank"] = rank
                     if config.resize_every:
