@@ -3,6 +3,7 @@ r"""`budget`: which components of changes of kind `adalora` stay, by a score ove
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -101,16 +102,18 @@ class AllocationState(NamedTuple):
     Attributes:
       inner: the state of the transformation inside.
       count: steps taken.
-      sensitivity: running means of |w g|, a `Components` for each change, or its E alone.
+      sensitivity: running means of |w g| in a tree like the changes, a `Components` in the place of each change of this
+        kind, or its E alone, and nothing in the place of others.
       uncertainty: those of the deviation, or nothing.
-      kept: 1 for components that stay, 0 for others, `(batch..., r)`.
+      kept: whether a component stays, `(k,)` for those of all changes one after the other. It is no moment, and in this
+        form `optax.tree.map_params` leaves it alone.
     """
 
     inner: Any
     count: jax.Array  # type: ignore[assignment]
-    sensitivity: list[Any]
-    uncertainty: list[Any]
-    kept: list[jax.Array]
+    sensitivity: Any
+    uncertainty: Any
+    kept: jax.Array
 
 
 def allocating(inner: optax.GradientTransformationExtraArgs, policy: Allocation) -> Any:
@@ -120,39 +123,43 @@ def allocating(inner: optax.GradientTransformationExtraArgs, policy: Allocation)
         nothing: Any = None
         return dataclasses.replace(x, scale=nothing) if policy.score == "adalora" else x.E
 
+    def in_places(f: Any, delta: Any, *rest: Any) -> Any:
+        """`f` of each change of this kind, nothing in the place of other arrays."""
+        one = lambda x, *y: f(x, *y) if is_components(x) else optax.MaskedNode()  # noqa: E731
+        return jax.tree.map(one, delta, *rest, is_leaf=is_components)
+
     def init(delta: Any) -> AllocationState:
-        found = changes_of(delta)
-        zeros = [jax.tree.map(jnp.zeros_like, numbers(x)) for x in found]
-        uncertainty = zeros if policy.score == "adalora" else []
-        kept = [jnp.ones_like(x.E) for x in found]
+        zeros = in_places(lambda x: jax.tree.map(jnp.zeros_like, numbers(x)), delta)
+        uncertainty = zeros if policy.score == "adalora" else optax.MaskedNode()
+        kept = jnp.ones(sum(x.E.size for x in changes_of(delta)), bool)
         return AllocationState(inner.init(delta), jnp.zeros((), jnp.int32), zeros, uncertainty, kept)
 
     def update(grads: Any, state: AllocationState, delta: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         if delta is None:
             raise ValueError("rank=budget(...) needs the changes: update(grads, state, params)")
         updates, of_inner = inner.update(grads, state.inner, delta, **extra_args)
-        old = changes_of(delta)
-        new = [jax.tree.map(jnp.add, x, u) for x, u in zip(old, changes_of(updates), strict=True)]
         t = state.count
         mean = lambda b: lambda x, y: jnp.where(t < policy.end, b * x + (1 - b) * y, x)  # noqa: E731
-        pairs = zip(map(numbers, new), map(numbers, changes_of(grads)), strict=True)
-        now = [jax.tree.map(lambda w, g: jnp.abs(w * g), w, g) for w, g in pairs]
-        sensitivity = jax.tree.map(mean(policy.b1), state.sensitivity, now)
-        uncertainty = state.uncertainty
+
+        def sensitivity_now(x: Components, u: Components, g: Components) -> Any:
+            return jax.tree.map(lambda w, u, g: jnp.abs((w + u) * g), numbers(x), numbers(u), numbers(g))
+
+        now = in_places(sensitivity_now, delta, updates, grads)
+        sensitivity, uncertainty = jax.tree.map(mean(policy.b1), state.sensitivity, now), state.uncertainty
         if policy.score == "adalora":
             deviation = jax.tree.map(lambda x, y: jnp.abs(x - y), now, sensitivity)
             uncertainty = jax.tree.map(mean(policy.b2), state.uncertainty, deviation)
-            product = jax.tree.map(jnp.multiply, sensitivity, uncertainty)
-            scores = [_triplets(x) for x in product]
+            scores = [_triplets(x) for x in changes_of(jax.tree.map(jnp.multiply, sensitivity, uncertainty))]
         else:
-            scores = list(sensitivity)
-        kept = _choose(policy, t, scores, state.kept)
-        sizes = iter([k * x.E - o.E for k, x, o in zip(kept, new, old, strict=True)])
+            scores = jax.tree.leaves(sensitivity)
+        kept = _choose(policy, t, jnp.concatenate([x.reshape(-1) for x in scores]), state.kept)
+        ends = list(itertools.accumulate(x.size for x in scores))
+        each = iter([k.reshape(x.shape) for k, x in zip(jnp.split(kept, ends[:-1]), scores, strict=True)])
 
-        def one(u: Any) -> Any:
-            return dataclasses.replace(u, E=next(sizes).astype(u.E.dtype)) if is_components(u) else u
+        def one(x: Components, u: Components) -> Components:
+            return dataclasses.replace(u, E=(next(each) * (x.E + u.E) - x.E).astype(u.E.dtype))
 
-        updates = jax.tree.map(one, updates, is_leaf=is_components)
+        updates = jax.tree.map(lambda x, u: one(x, u) if is_components(x) else u, delta, updates, is_leaf=is_components)
         return updates, AllocationState(of_inner, optax.safe_increment(t), sensitivity, uncertainty, kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -169,16 +176,14 @@ def _means(A: jax.Array, B: jax.Array) -> jax.Array:
     return jnp.mean(A, axis=0) + jnp.mean(B, axis=1)
 
 
-def _choose(policy: Allocation, t: jax.Array, scores: list[jax.Array], kept: list[jax.Array]) -> list[jax.Array]:
-    """1 for the components above the k-th smallest score, where this step chooses; those of the last choice else."""
-    flat = jnp.sort(jnp.concatenate([x.reshape(-1) for x in scores]))
-    k = flat.size
+def _choose(policy: Allocation, t: jax.Array, scores: jax.Array, kept: jax.Array) -> jax.Array:
+    """The components above the k-th smallest score, where this step chooses; those of the last choice else."""
+    k = scores.size
     if policy.components > k:
         raise ValueError(f"budget({policy.components}) is more than the {k} components of the changes")
     share = 1.0 - (t - policy.begin) / (policy.end - policy.begin)
     staying = jnp.floor((k - policy.components) * share**3 + policy.components).astype(jnp.int32)
     away = k - jnp.where(t >= policy.end, policy.components, staying)
-    least = jnp.where(away > 0, flat[jnp.maximum(away - 1, 0)], -1.0)
+    least = jnp.where(away > 0, jnp.sort(scores)[jnp.maximum(away - 1, 0)], -1.0)
     chooses = (t > policy.begin) & (t < policy.end) & (t % policy.every == 0) | (t == policy.end)
-    stays = [jnp.where(t > policy.end, old, jnp.ones_like(old)) for old in kept]
-    return [jnp.where(chooses, (x > least).astype(s.dtype), s) for x, s in zip(scores, stays, strict=True)]
+    return jnp.where(chooses, scores > least, kept | (t <= policy.end))

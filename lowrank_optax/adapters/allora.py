@@ -2,12 +2,14 @@ r"""`allora`: a pair of factors whose gradients shrink for outputs that the chan
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.change import node, scaled_identity, times_base
+from lowrank_optax.adapters.change import STATIC, node, scaled_identity, times_base
 from lowrank_optax.adapters.lora import LoRA
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.layout import map_matrices
@@ -31,23 +33,27 @@ class ALLoRA(LoRA):
       A: `(batch..., in..., r)`.
       B: `(batch..., r, out...)`.
       scale: s, `(batch...)`, not trained.
-      eta: :math:`\eta` of the class; a subclass may have another.
+      eta: :math:`\eta`, the square root of 2 by default; static. `variant("allora", eta=...)` sets it.
 
     References:
       arXiv:2410.09692.
     """
 
     kind: ClassVar[str] = "allora"
-    eta: ClassVar[float] = 2.0**0.5
 
     A: jax.Array
     B: jax.Array
     scale: jax.Array
+    eta: float = dataclasses.field(default=2.0**0.5, kw_only=True, metadata=STATIC)
 
     @classmethod
-    def make(cls, request: Request) -> tuple[Any, Any]:
+    def make(cls, request: Request, eta: float | None = None) -> tuple[Any, Any]:
         request.start.only_zero(cls.kind)
-        return super().make(request)
+        eta = cls.eta if eta is None else eta
+        if not 0 < eta < math.inf:
+            raise request.refuse(cls.kind, f"its eta is a positive number, got {eta!r}")
+        change, taken = super().make(request)
+        return dataclasses.replace(change, eta=float(eta)), taken
 
     def apply(self, base: Any, product: Product) -> jax.Array:
         """A layer is linear in its kernel, so terms of value zero give the factors other gradients than the inputs."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax.adapters.change import Change, axes_with_rows, node, scaled_identity
+from lowrank_optax.adapters.change import Change, Flattened, node, scaled_identity
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.axes import Axes
 from lowrank_optax.lowrank import LowRank
@@ -56,7 +56,7 @@ class MiSS(Change):
 
 
 @node
-class GraLoRA(Change):
+class GraLoRA(Flattened):
     r"""A grid of k x k blocks, each with a pair of rank :math:`r / k`,
 
     .. math:: D_{(i)(j)} = s\, A_i^{(j)} B_j^{(i)}
@@ -68,6 +68,7 @@ class GraLoRA(Change):
       A: `(batch..., k, m / k, r)`.
       B: `(batch..., k, r, n / k)`, zero at the start.
       scale: s, `(batch...)`, not trained.
+      inputs: the number of input axes of the kernel, 1 by default; static.
 
     References:
       arXiv:2505.20355.
@@ -86,16 +87,13 @@ class GraLoRA(Change):
         if m % k or n % k or r % k:
             raise request.refuse(cls.kind, f"k = {k} divides m, n and the rank, got {m}, {n} and {r}")
         A = request.uniform(0, k, m // k, r, bound=(k / m) ** 0.5)
-        return cls(A, jnp.zeros((*request.batch, k, r, n // k), A.dtype), request.number(request.scale)), None
+        B = jnp.zeros((*request.batch, k, r, n // k), A.dtype)
+        return cls(A, B, request.number(request.scale), inputs=request.split.inputs), None
 
-    def axes(self, shape: tuple[int, ...]) -> Axes:
-        return axes_with_rows(shape, self.batch, self.A.shape[-3] * self.A.shape[-2])
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        b, k = self.batch, self.A.shape[-3]
-        m, n = k * self.A.shape[-2], k * self.B.shape[-1]
-        ends = {math.prod(shape[b:i]) for i in range(b + 1, len(shape))}
-        return shape[:b] == self.scale.shape and m in ends and math.prod(shape[b:]) == m * n
+    @property
+    def sides(self) -> tuple[int, int]:
+        k = self.A.shape[-3]
+        return k * self.A.shape[-2], k * self.B.shape[-1]
 
     def part(self, base: Any) -> LowRank:
         shape, b = tuple(base.shape), self.batch
@@ -112,13 +110,14 @@ class GraLoRA(Change):
 
 
 @node
-class C3A(Change):
+class C3A(Flattened):
     r"""The change whose blocks of b x b are circulant, :math:`D_{(ip)(jq)} = w_{ji\,((p - q) \bmod b)} / m`.
 
     The rank is b, a divisor of m and n; a kernel trains `m n / b` numbers. A layer forms D.
 
     Attributes:
       w: `(batch..., n / b, m / b, b)`, zero at the start.
+      inputs: the number of input axes of the kernel, 1 by default; static.
 
     References:
       arXiv:2407.19342; the division by m is that of its code and of PEFT.
@@ -136,19 +135,17 @@ class C3A(Change):
         m, n, b = request.m, request.n, request.rank
         if m % b or n % b:
             raise request.refuse(cls.kind, f"the rank is the size of its blocks, which divides m and n, {m} and {n}")
-        return cls(jnp.zeros((*request.batch, n // b, m // b, b), request.W.dtype)), None
+        w = jnp.zeros((*request.batch, n // b, m // b, b), request.W.dtype)
+        return cls(w, inputs=request.split.inputs), None
 
     @property
     def batch(self) -> int:
         return self.w.ndim - 3
 
-    def axes(self, shape: tuple[int, ...]) -> Axes:
-        return axes_with_rows(shape, self.batch, self.w.shape[-2] * self.w.shape[-1])
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        a, (columns, rows, b) = self.batch, self.w.shape[-3:]
-        ends = {math.prod(shape[a:i]) for i in range(a + 1, len(shape))}
-        return shape[:a] == self.w.shape[:a] and rows * b in ends and math.prod(shape[a:]) == rows * columns * b * b
+    @property
+    def sides(self) -> tuple[int, int]:
+        columns, rows, b = self.w.shape[-3:]
+        return rows * b, columns * b
 
     def part(self, base: Any) -> jax.Array:
         b = self.w.shape[-1]

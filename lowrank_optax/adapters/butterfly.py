@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax.adapters.change import Change, axes_with_rows, dense_base, node, scaled_identity
+from lowrank_optax.adapters.change import Flattened, dense_base, node, scaled_identity
 from lowrank_optax.adapters.request import Request
-from lowrank_optax.axes import Axes
 from lowrank_optax.layout import map_matrices
 from lowrank_optax.linalg import highest_precision, working_dtype
 
 
-class _Rotated(Change):
+class _Rotated(Flattened):
     """A rotation of the inputs by square blocks: subclasses say `rows`, `dense` and `undo`."""
 
     frozen: ClassVar[frozenset[str]] = frozenset()
@@ -27,12 +26,9 @@ class _Rotated(Change):
         """The number of inputs."""
         raise NotImplementedError
 
-    def axes(self, shape: tuple[int, ...]) -> Axes:
-        return axes_with_rows(shape, self.batch, self.rows)
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        ends = {math.prod(shape[self.batch : i]) for i in range(self.batch + 1, len(shape))}
-        return self.rows in ends and shape[: self.batch] == jax.tree.leaves(self)[0].shape[: self.batch]
+    @property
+    def sides(self) -> tuple[int, None]:
+        return self.rows, None
 
     def part(self, base: Any) -> jax.Array:
         W = dense_base(base)
@@ -64,6 +60,7 @@ class OFT(_Rotated):
 
     Attributes:
       Q: `(batch..., m / b, b (b - 1) / 2)`, the entries of each Q above its diagonal, row by row. Zero at the start.
+      inputs: the number of input axes of the kernel, 1 by default; static.
 
     References:
       arXiv:2306.07280. PEFT's `OFTConfig(use_cayley_neumann=False)`.
@@ -76,7 +73,8 @@ class OFT(_Rotated):
     @classmethod
     def make(cls, request: Request) -> tuple[Any, Any]:
         b = request.rank
-        return cls(jnp.zeros((*request.batch, cls.blocks(request), b * (b - 1) // 2), request.W.dtype)), None
+        Q = jnp.zeros((*request.batch, cls.blocks(request), b * (b - 1) // 2), request.W.dtype)
+        return cls(Q, inputs=request.split.inputs), None
 
     @property
     def batch(self) -> int:
@@ -146,6 +144,7 @@ class BOFT(_Rotated):
     Attributes:
       R: `(batch..., f, m / b, b, b)`, of which the skew part :math:`(R - R^\top) / 2` counts. Zero at the start.
       s: `(batch..., out...)`, one at the start.
+      inputs: the number of input axes of the kernel, 1 by default; static.
 
     References:
       arXiv:2311.06243.
@@ -166,7 +165,8 @@ class BOFT(_Rotated):
                 f"{blocks} of size {b}",
             )
         R = jnp.zeros((*request.batch, factors, blocks, b, b), request.W.dtype)
-        return cls(R, request.columns(jnp.ones((*request.batch, request.n), R.dtype))), None
+        s = request.columns(jnp.ones((*request.batch, request.n), R.dtype))
+        return cls(R, s, inputs=request.split.inputs), None
 
     @property
     def batch(self) -> int:
@@ -177,8 +177,7 @@ class BOFT(_Rotated):
         return self.R.shape[-3] * self.R.shape[-1]
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        outputs = self.s.shape[self.batch :]
-        return super().fits(shape) and shape[len(shape) - len(outputs) :] == outputs
+        return super().fits(shape) and shape[self.batch + self.inputs :] == self.s.shape[self.batch :]
 
     def _factors(self) -> jax.Array:
         R = self.R.astype(working_dtype(self.R))

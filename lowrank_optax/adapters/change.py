@@ -9,20 +9,29 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.adapters.request import Request
-from lowrank_optax.axes import Axes
+from lowrank_optax.axes import Axes, matrix_shape
 from lowrank_optax.boxes import is_box
 from lowrank_optax.linalg import highest_precision, working_dtype
+from lowrank_optax.linen.serialization import register
 from lowrank_optax.lowrank import LowRank, is_lowrank
 from lowrank_optax.product import Product, is_composed, trailing_columns
 
 Class = TypeVar("Class")
 
+STATIC = {"static": True}  # of a field that is no array and belongs to the structure of the tree
 
-@dataclass_transform(frozen_default=True, eq_default=False)
+
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field,))
 def node(cls: type[Class]) -> type[Class]:
-    """Makes a class of fields a pytree, compared by identity like other nodes of arrays."""
+    """Makes a class of fields a pytree, compared by identity like other nodes of arrays, that Flax can serialise."""
     made: Any = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    register(made, array_fields)
     return jax.tree_util.register_dataclass(made)
+
+
+def array_fields(x: Any) -> tuple[str, ...]:
+    """The names of the fields of a node, or of its class, that are not static."""
+    return tuple(field.name for field in dataclasses.fields(x) if not field.metadata.get("static"))
 
 
 def is_parameter(x: Any) -> bool:
@@ -49,6 +58,10 @@ class Change:
     own_alpha: ClassVar[float | None] = None
 
     scale: Any  # of kinds that have one
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        register(cls, array_fields)  # a kind of one's own is made without `node`
 
     @classmethod
     def make(cls, request: Request) -> tuple[Any, Any]:
@@ -92,18 +105,88 @@ class Change:
     def labels(self) -> Any:
         """`"trained"` or `"frozen"` in the place of every array; one label stands for a `LowRank`."""
 
-        def label(field: dataclasses.Field[Any]) -> Any:
-            value = getattr(self, field.name)
+        def label(name: str) -> Any:
+            value = getattr(self, name)
             if isinstance(value, Change):
                 return value.labels()
-            return None if value is None else "frozen" if field.name in self.frozen else "trained"
+            return None if value is None else "frozen" if name in self.frozen else "trained"
 
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        return dataclasses.replace(self, **{f.name: label(f) for f in fields})  # type: ignore[type-var]
+        return dataclasses.replace(self, **{name: label(name) for name in array_fields(self)})  # type: ignore[type-var]
 
 
 @node
-class Adapted:
+class Flattened(Change):
+    """A change whose arrays do not show the axes of the kernel: the base class of such kinds.
+
+    Where a kernel has axes of size 1, several splits of its axes have equal numbers of inputs and outputs, so the
+    change remembers its own.
+
+    Attributes:
+      inputs: the number of input axes of the kernel; static.
+    """
+
+    inputs: int = dataclasses.field(default=1, kw_only=True, metadata=STATIC)
+
+    @property
+    def sides(self) -> tuple[int, int | None]:
+        """The numbers of inputs and outputs of the kernel; None for outputs that may be of any number."""
+        raise NotImplementedError
+
+    def axes(self, shape: tuple[int, ...]) -> Axes:
+        return Axes(self.batch, self.inputs)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        axes = self.axes(shape)
+        if len(shape) <= sum(axes) or shape[: axes.batch] != jax.tree.leaves(self)[0].shape[: axes.batch]:
+            return False
+        (m, n), (rows, columns) = matrix_shape(shape, axes), self.sides
+        return m == rows and columns in (n, None)
+
+
+class Parts:
+    """A kernel that is no array and says how a layer multiplies with it: the base class of such kernels."""
+
+    __array_ufunc__ = None  # NumPy arrays leave `x @ W` to W
+
+    shape: Any
+    axes: Any
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the kernel."""
+        return len(self.shape)
+
+    def through(self, product: Product) -> jax.Array:
+        """The output of a layer with this kernel."""
+        raise NotImplementedError
+
+    def __rmatmul__(self, x: Any) -> jax.Array:
+        """`x @ W`: the batch axes of the kernel come first in x, its input axes last."""
+        x, (batch, inputs) = jnp.asarray(x), self.axes
+        first = x.ndim - inputs
+        numbers = (
+            (tuple(range(first, x.ndim)), tuple(range(batch, batch + inputs))),
+            (tuple(range(batch)), tuple(range(batch))),
+        )
+
+        def times(K: Any) -> jax.Array:
+            return x @ K if is_lowrank(K) else jax.lax.dot_general(*_promoted(x, K), numbers)
+
+        return self.through(Product(times, trailing_columns(batch)))
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        name = type(self).__name__
+        raise TypeError(f"the {name!r} object is a kernel in parts and no array: use x @ W, or to_dense()")
+
+    def __getitem__(self, index: Any) -> Any:
+        """`W[...]` is W, as for a Flax variable."""
+        if index is Ellipsis:
+            return self
+        raise TypeError(f"the {type(self).__name__!r} kernel has no entries to index; use to_dense()")
+
+
+@node
+class Adapted(Parts):
     """A kernel `W = f(W0, change)` that a layer multiplies with part by part: W is never formed.
 
     Attributes:
@@ -121,17 +204,10 @@ class Adapted:
     base: Any
     change: Any
 
-    __array_ufunc__ = None  # NumPy arrays leave `x @ W` to W
-
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the kernel."""
         return tuple(self.base.shape)
-
-    @property
-    def ndim(self) -> int:
-        """The number of axes of the kernel."""
-        return len(self.shape)
 
     @property
     def dtype(self) -> Any:
@@ -150,29 +226,6 @@ class Adapted:
     def to_dense(self) -> jax.Array:
         """The kernel W, formed."""
         return self.change.dense(dense_base(self.base))
-
-    def __rmatmul__(self, x: Any) -> jax.Array:
-        """`x @ W`: the batch axes of the kernel come first in x, its input axes last."""
-        x, (batch, inputs) = jnp.asarray(x), self.axes
-        first = x.ndim - inputs
-        numbers = (
-            (tuple(range(first, x.ndim)), tuple(range(batch, batch + inputs))),
-            (tuple(range(batch)), tuple(range(batch))),
-        )
-
-        def times(K: Any) -> jax.Array:
-            return x @ K if is_lowrank(K) else jax.lax.dot_general(*_promoted(x, K), numbers)
-
-        return self.through(Product(times, trailing_columns(batch)))
-
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError("an 'Adapted' object is a kernel in parts and no array: use x @ W, or to_dense()")
-
-    def __getitem__(self, index: Any) -> Any:
-        """`W[...]` is W, as for a Flax variable."""
-        if index is Ellipsis:
-            return self
-        raise TypeError("an adapted kernel has no entries to index; use to_dense()")
 
 
 def _promoted(x: jax.Array, K: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -217,11 +270,15 @@ def scaled_identity(scale: jax.Array, rank: int) -> jax.Array:
     return diagonals(jnp.broadcast_to(scale[..., None], (*scale.shape, rank)))
 
 
-def axes_with_rows(shape: tuple[int, ...], batch: int, rows: int) -> Axes:
-    """The split of a kernel whose input axes have a product of `rows`."""
-    product = 1
-    for inputs, size in enumerate(shape[batch:-1], start=1):
-        product *= size
-        if product == rows:
-            return Axes(batch, inputs)
-    raise ValueError(f"no input axes of a kernel of shape {shape} with {batch} batch axes have {rows} entries")
+def indices(positions: jax.Array, kind: str) -> jax.Array:
+    """Positions that a change keeps as floating numbers, as integers.
+
+    Raises:
+      ValueError: for positions in fewer than four bytes, where most integers above 256 or 2048 are other ones.
+    """
+    if positions.dtype.itemsize < 4:
+        raise ValueError(
+            f"the positions of a change of kind {kind!r} are in {positions.dtype}, which moved them: cast the arrays "
+            "that lro.adapters.labels calls 'trained', and leave the frozen ones as they are"
+        )
+    return jax.lax.stop_gradient(positions).astype(jnp.int32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import zlib
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from lowrank_optax.adapters.allora import ALLoRA
 from lowrank_optax.adapters.blockwise import C3A, GraLoRA, MiSS
 from lowrank_optax.adapters.butterfly import BOFT, OFT, NeumannOFT
-from lowrank_optax.adapters.change import dense_base, is_parameter, to_dense
+from lowrank_optax.adapters.change import Change, dense_base, is_parameter, to_dense
 from lowrank_optax.adapters.components import Components, DeLoRA
 from lowrank_optax.adapters.core import Core, SingularValues
 from lowrank_optax.adapters.lora import LoRA
@@ -25,7 +26,7 @@ from lowrank_optax.adapters.request import Request
 from lowrank_optax.adapters.rotation import Householder
 from lowrank_optax.adapters.shared import VeRA, shared_in
 from lowrank_optax.adapters.sparse import Entries, Sparse
-from lowrank_optax.adapters.starts import as_start
+from lowrank_optax.adapters.starts import Zero, as_start
 from lowrank_optax.adapters.structured import Fourier, HiRA, LoHa, LoKr
 from lowrank_optax.adapters.tensor_train import TensorTrain
 from lowrank_optax.adapters.trees import nested
@@ -72,8 +73,8 @@ def init(
         other settings, or `magnitude(kind)` for DoRA's lengths over another one.
       start: `"zero"`, `"pissa"`, `"olora"`, `"orthogonal"`, `gradient(grads)`, `activation(inputs)`, or
         `sign_step(grads)`.
-      alpha: the constant of the scale; None for s = 1. For `"fourier"` and `"delora"` the scale is alpha itself, 150
-        and 15 by default. Kinds without a scale in the table make no use of it.
+      alpha: the constant of the scale, positive; None for s = 1. For `"fourier"` and `"delora"` the scale is alpha
+        itself, 150 and 15 by default. Kinds without a scale in the table make no use of it.
       scale: `"alpha/r"`, `"alpha/sqrt(r)"`, or `"none"` for s = 1.
       where: callable of the path and the shape that says which kernels change and how their axes split, as in
         `factorize`; `lowrank_optax.linen.kernels(model, x)` reads them off a model. Default: every leaf named `kernel`
@@ -85,8 +86,9 @@ def init(
       the optimizer gets.
 
     Raises:
+      TypeError: for a kind, or an alpha, of another type.
       ValueError: for a kernel that the kind cannot change, a rank above `min(m, n)`, an unknown kind, start or scale,
-        or if there is no kernel to change.
+        an alpha that is not positive and finite, or if there is no kernel to change.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lowrank_optax as lro
@@ -101,6 +103,7 @@ def init(
     refuse_nnx(params, "adapters.init", "lowrank_optax.nnx.adapt(model, rank)")
     check_where(where)
     of_kind, of_start = as_kind(kind), as_start(start)
+    _check_alpha(alpha)
     if scale not in (*_SCALES, "none"):
         raise ValueError(f"scale is one of {[*_SCALES, 'none']}, got {scale!r}")
     found: dict[str, Any] = {}
@@ -118,8 +121,14 @@ def init(
         request = _request(key, name, leaf, axes, rank, of_kind, of_start, alpha, scale)
         requests.append(request)
         found[name], taken = of_kind.make(request)
+        if jax.tree_util.all_leaves([found[name]]):
+            raise TypeError(
+                f"{type(found[name]).__name__} is no pytree: put @jax.tree_util.register_dataclass and "
+                "@dataclasses.dataclass(frozen=True) above the class, or set what a kind has by lro.adapters.variant"
+            )
         if taken is not None and is_composed(leaf):
-            raise ValueError(f"start={of_start.name!r} corrects {name!r}, which is quantized: quantize after init")
+            what = f"kind {of_kind.kind!r}" if isinstance(of_start, Zero) else f"start={of_start.name!r}"
+            raise ValueError(f"{what} corrects {name!r}, which is quantized: quantize after init")
         return box if taken is None else closed(box, _without(request, taken).astype(leaf.dtype))
 
     params = jax.tree_util.tree_map_with_path(one, params, is_leaf=is_parameter)
@@ -172,8 +181,8 @@ class Variant:
 def variant(kind: str, **settings: Any) -> Variant:
     """A kind with other settings, for `init`.
 
-    These are `factors` of `boft`, `vectors` and `length` of `vblora`, `bases` of `nola`, `k` of `gralora`, `density`
-    of `rosa`.
+    These are `factors` of `boft`, `vectors`, `length` and `top` of `vblora`, `bases` of `nola`, `k` of `gralora`,
+    `density` of `rosa`, `eta` of `allora`.
 
     Args:
       kind: the name of the kind.
@@ -208,6 +217,9 @@ def magnitude(kind: Any) -> Over:
     Returns:
       A kind for `init`, see `lowrank_optax.adapters.Magnitude`.
 
+    Raises:
+      TypeError: for a kind that is no difference D of W0, as `"dora"` itself.
+
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
       >>> kind = lro.adapters.magnitude("lowrank")
@@ -215,7 +227,11 @@ def magnitude(kind: Any) -> Over:
       >>> delta["kernel"].magnitude.shape
       (6,)
     """
-    return Over(as_kind(kind))
+    of = as_kind(kind)
+    of_class = of.of if isinstance(of, Variant) else of
+    if getattr(of_class, "part", Change.part) is Change.part:
+        raise TypeError(f"magnitude needs a kind that is a difference of kernels, W0 + D, and {of.kind!r} is none")
+    return Over(of)
 
 
 def _request(
@@ -234,6 +250,16 @@ def _request(
     W = dense.astype(working_dtype(dense)).reshape(*shape[: axes.batch], m, n)
     of_path = jax.random.fold_in(key, zlib.crc32(name.encode()))
     return Request(of_path, name, W, shape, axes, r, _scale(kind, alpha, scale, r), start)
+
+
+def _check_alpha(alpha: Any) -> None:
+    """Raises unless alpha is a positive number or None."""
+    if alpha is None:
+        return
+    if isinstance(alpha, bool) or not hasattr(alpha, "__float__") or jnp.ndim(alpha):
+        raise TypeError(f"alpha is a positive number or None, got {alpha!r}")
+    if not 0 < float(alpha) < math.inf:
+        raise ValueError(f"alpha is a positive number or None, got {alpha!r}")
 
 
 def _scale(kind: Any, alpha: float | None, scale: str, rank: int) -> float:

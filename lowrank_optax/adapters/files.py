@@ -28,6 +28,12 @@ from lowrank_optax.paths import path_name
 
 _LETTERS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m"}
 _LETTERS["lora_magnitude_vector.weight"] = "m"  # in older files
+_DEFAULTS = {"r": 8, "lora_alpha": 8}  # of PEFT, for configs that do not say
+# Fields of a config with which a layer computes something else than LoRA does, or a model has other layers.
+_OTHER_METHODS = (
+    *("lora_bias", "alora_invocation_tokens", "use_qalora", "use_bdlora", "layer_replication"),
+    *("trainable_token_indices", "monteclora_config", "arrow_config", "kasa_config"),
+)
 
 
 def export(
@@ -58,7 +64,8 @@ def export(
 
     Raises:
       ImportError: if safetensors is not installed (`pip install lowrank-optax[export]`).
-      ValueError: for changes of other kinds, a mixture of `dora` and others, or names that are empty or given twice.
+      ValueError: for changes of other kinds, a mixture of `dora` and others, names that are empty or given twice, or a
+        folder that cannot be made.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, tempfile
@@ -81,7 +88,10 @@ def export(
             if not name or name in entries:
                 raise ValueError(f"module names kernel {path!r} {index or ''} {name!r}, a name must be new")
             entries[name] = _entry(path, jax.tree.map(lambda x, at=index: x[at], change))
-    write(folder, entries, base_model=base_model, save=save)
+    try:
+        write(folder, entries, base_model=base_model, save=save)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{folder} cannot be made a folder, because it is a file or lies below one") from error
 
 
 def _batch(change: Any) -> tuple[int, ...]:
@@ -113,17 +123,20 @@ def _entry(path: str, change: Any) -> Entry:
 class _File(NamedTuple):
     """What a folder holds: the config, factors by layer, and other tensors by name."""
 
-    config: dict[str, Any]
+    config: dict[str, Any]  # checked, with PEFT's r and lora_alpha where they are missing
     layers: dict[str, dict[str, np.ndarray]]
     others: list[str]
 
     def scale(self, name: str, rank: int) -> float:
         """The factor of a layer, whose patterns PEFT matches with the end of its name."""
         config = self.config
-        alpha = _matching(config.get("alpha_pattern"), name, config.get("lora_alpha", rank))
-        said = _matching(config.get("rank_pattern"), name, config.get("r", rank))
+        alpha = _matching(config.get("alpha_pattern"), name, config["lora_alpha"])
+        said = _matching(config.get("rank_pattern"), name, config["r"])
         if said != rank:
-            raise ValueError(f"lora_A of {name!r} has rank {rank}, and adapter_config.json says {said}")
+            raise ValueError(
+                f"lora_A of {name!r} has rank {rank}, and adapter_config.json says {said} by r, which is "
+                f"{_DEFAULTS['r']} where it is missing, or rank_pattern"
+            )
         return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
 
 
@@ -148,7 +161,7 @@ def load(folder: Any, params: Any, *, module: Module = dotted, where: Where | No
     Raises:
       ImportError: if safetensors is not installed.
       ValueError: for a folder that is incomplete, damaged, a pickle, of another method than LoRA and DoRA, or does not
-        fit the parameters.
+        fit the parameters. A config without `r` or `lora_alpha` has 8, as in PEFT.
 
     Example:
       See `export`.
@@ -204,8 +217,7 @@ def _read(folder: pathlib.Path) -> _File:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{config_path} has peft_type {kind!r}, and only LORA is read")
-    if config.get("lora_bias"):
-        raise ValueError(f"{config_path} has lora_bias, which has no counterpart here")
+    config = _checked(config, config_path)
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").exists()
         why = ", but a pickle, which may run code when it is read: save it again as safetensors" if pickled else ""
@@ -214,10 +226,47 @@ def _read(folder: pathlib.Path) -> _File:
         tensors = load_file(path)
     except (safetensors.SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{path} is damaged or no safetensors: {error}") from error
-    return _sorted(config, tensors)
+    return _sorted(path, config, tensors)
 
 
-def _sorted(config: dict[str, Any], tensors: Mapping[str, Any]) -> _File:
+def _checked(config: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
+    """The config with all that is read of it there and of its type."""
+
+    def check(field: str, good: bool, what: str) -> None:
+        if not good:
+            raise ValueError(f"{path} has {field} {config[field]!r}, which is no {what}")
+
+    for field in _OTHER_METHODS:
+        if config.get(field):
+            raise ValueError(f"{path} has {field}, which has no counterpart here")
+    config = {**_DEFAULTS, **config}
+    check("r", _is_rank(config["r"]), "rank")
+    check("lora_alpha", _is_number(config["lora_alpha"]), "finite number")
+    for field, is_value, what in (("rank_pattern", _is_rank, "rank"), ("alpha_pattern", _is_number, "finite number")):
+        pattern = config.get(field) or {}
+        check(field, isinstance(pattern, dict), "object of names and values")
+        for name, value in pattern.items():
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise ValueError(f"{path} has {field} with {name!r}, which is no pattern: {error}") from error
+            if not is_value(value):
+                raise ValueError(f"{path} has {field} with {name!r}: {value!r}, which is no {what}")
+    saved = config.get("modules_to_save") or []
+    check("modules_to_save", isinstance(saved, list) and all(isinstance(x, str) for x in saved), "list of names")
+    return config
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _is_rank(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x > 0
+
+
+def _sorted(path: pathlib.Path, config: dict[str, Any], tensors: Mapping[str, Any]) -> _File:
+    """Tensors by layer and letter, all of them finite floating numbers."""
     layers: dict[str, dict[str, Any]] = {}
     others: list[str] = []
     saved = tuple(config.get("modules_to_save") or ())
@@ -226,19 +275,21 @@ def _sorted(config: dict[str, Any], tensors: Mapping[str, Any]) -> _File:
         name = key.removeprefix(PREFIX)
         ending = next((ending for ending in _LETTERS if name.endswith(f".{ending}")), None)
         if ending is not None:
+            if not jnp.issubdtype(x.dtype, jnp.floating) or not bool(jnp.isfinite(x).all()):
+                raise ValueError(f"{path} has {key!r} in {x.dtype}, not all of it finite floating numbers")
             layers.setdefault(name.removesuffix(f".{ending}"), {})[_LETTERS[ending]] = np.asarray(x)
         elif name.rpartition(".")[0].endswith(saved) and saved:
             others.append(name)
         else:
             wrong.append(name)
     if wrong:
-        raise ValueError(f"the file has tensors that are no LoRA of a layer: {', '.join(sorted(wrong)[:5])}")
+        raise ValueError(f"{path} has tensors that are no LoRA of a layer: {', '.join(sorted(wrong)[:5])}")
     if not layers:
-        raise ValueError("the file has no lora_A and lora_B")
+        raise ValueError(f"{path} has no lora_A and lora_B")
     needed = "ABm" if config.get("use_dora") else "AB"
     for name, letters in layers.items():
         if set(letters) != set(needed):
-            raise ValueError(f"the file has not all of, or more than, {_names(needed)} for {name!r}")
+            raise ValueError(f"{path} has not all of, or more than, {_names(needed)} for {name!r}")
     return _File(config, layers, others)
 
 

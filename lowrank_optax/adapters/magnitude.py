@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax import linalg
-from lowrank_optax.adapters.change import Change, dense_base, node, times_base, to_dense
+from lowrank_optax.adapters.change import Change, dense_base, node, to_dense
 from lowrank_optax.adapters.lora import LoRA
 from lowrank_optax.adapters.lowrank import as_change
 from lowrank_optax.adapters.request import Request
@@ -52,10 +52,10 @@ class Magnitude(Change):
         return change.fits(shape) and self.magnitude.shape == (*shape[: self.batch], *shape[self.batch + inputs :])
 
     def apply(self, base: Any, product: Product) -> jax.Array:
-        part = as_change(self.change).part(base)
-        y = times_base(base, product)
-        y = y + product.times(part.astype(y.dtype))
-        norms = column_norms(*jax.lax.stop_gradient((dense_base(base), part)), self.axes(tuple(base.shape)))
+        change = as_change(self.change)
+        y = change.apply(base, product)  # a kind may have gradients of its own
+        constants = jax.lax.stop_gradient((dense_base(base), change.part(base)))
+        norms = column_norms(*constants, self.axes(tuple(base.shape)))
         return y * product.columns(self._factors(norms).astype(y.dtype), y.ndim)
 
     def dense(self, base: jax.Array) -> jax.Array:

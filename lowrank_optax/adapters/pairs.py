@@ -52,11 +52,11 @@ def _nodes(tree: Any) -> Any:
 
 
 def without_nodes(tree: Any, like: Any) -> Any:
-    """The inverse of `with_nodes`, as a state like another one."""
+    """The inverse of `with_nodes`, as a state like another one, with values in variables where that one has them."""
     if not _is_state(like):
         return tree
     cls: Any = type(like)
-    return cls(_fields(tree))
+    return unwrapped(like)[1](cls(_fields(tree)))
 
 
 def _fields(tree: Any) -> Any:

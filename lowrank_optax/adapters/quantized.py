@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.change import is_parameter, node
+from lowrank_optax.adapters.change import STATIC, Parts, is_parameter, node
 from lowrank_optax.axes import Axes, Where, check_where, matrix_shape, split_axes
 from lowrank_optax.boxes import closed, opened
 from lowrank_optax.linalg import working_dtype
@@ -16,27 +17,27 @@ from lowrank_optax.paths import path_name
 from lowrank_optax.product import Product, is_composed
 
 
-class Integers:
-    """A kernel as integers and scales, `values` in its shape and `scale`: the base class of both forms.
+@node
+class Integers(Parts):
+    """A kernel as integers and scales: the base class of both forms.
 
     Attributes:
+      values: int8 or int4, in the shape of the kernel.
+      scale: numbers in float32 or better, with the batch axes of the kernel.
+      inputs: the number of input axes of the kernel; static.
       own: the number of axes of `scale` that are no batch axes.
     """
 
     own: ClassVar[int]
 
-    values: Any
-    scale: Any
+    values: jax.Array
+    scale: jax.Array
+    inputs: int = dataclasses.field(default=1, kw_only=True, metadata=STATIC)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the kernel."""
         return tuple(self.values.shape)
-
-    @property
-    def ndim(self) -> int:
-        """The number of axes of the kernel."""
-        return len(self.shape)
 
     @property
     def dtype(self) -> Any:
@@ -46,7 +47,7 @@ class Integers:
     @property
     def axes(self) -> Axes:
         """How the axes of the kernel split."""
-        return _axes(self.shape, self.scale, self.scale.ndim - self.own)
+        return Axes(self.scale.ndim - self.own, self.inputs)
 
 
 @node
@@ -58,12 +59,10 @@ class Quantized(Integers):
     Attributes:
       values: int8 or int4, in the shape of the kernel.
       scale: `(batch..., n)` in float32 or better.
+      inputs: the number of input axes of the kernel, 1 by default; static.
     """
 
     own: ClassVar[int] = 1
-
-    values: jax.Array
-    scale: jax.Array
 
     def through(self, product: Product) -> jax.Array:
         """The output of a layer with this kernel."""
@@ -88,12 +87,10 @@ class GroupQuantized(Integers):
     Attributes:
       values: int4 or int8, in the shape of the kernel.
       scale: `(batch..., groups, n)` in float32 or better; a group has `ceil(m / groups)` inputs.
+      inputs: the number of input axes of the kernel, 1 by default; static.
     """
 
     own: ClassVar[int] = 2
-
-    values: jax.Array
-    scale: jax.Array
 
     def through(self, product: Product) -> jax.Array:
         """The output of a layer with this kernel."""
@@ -104,14 +101,6 @@ class GroupQuantized(Integers):
         m, _ = matrix_shape(self.shape, self.axes)
         rows = jnp.repeat(self.scale, -(-m // self.scale.shape[-2]), axis=-2)[..., :m, :]
         return self.values.astype(rows.dtype) * rows.reshape(self.shape)
-
-
-def _axes(shape: tuple[int, ...], scale: jax.Array, batch: int) -> Axes:
-    """The split of a kernel whose outputs have the scales of the last axis."""
-    for inputs in range(1, len(shape) - batch):
-        if matrix_shape(shape, Axes(batch, inputs))[1] == scale.shape[-1]:
-            return Axes(batch, inputs)
-    raise ValueError(f"scales of shape {scale.shape} are none of a kernel of shape {shape}")
 
 
 def quantize(params: Any, *, bits: int = 8, group: int | None = None, where: Where | None = None) -> Any:
@@ -165,7 +154,7 @@ def quantize(params: Any, *, bits: int = 8, group: int | None = None, where: Whe
         values = jnp.round(rows / jnp.where(scale > 0, scale, 1.0)[..., None, :]).astype(dtype)
         values = values.reshape(*batch, groups * each, n)[..., :m, :].reshape(shape)
         if group is None:
-            return closed(box, Quantized(values, scale[..., 0, :]))
-        return closed(box, GroupQuantized(values, scale))
+            return closed(box, Quantized(values, scale[..., 0, :], inputs=axes.inputs))
+        return closed(box, GroupQuantized(values, scale, inputs=axes.inputs))
 
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_parameter)

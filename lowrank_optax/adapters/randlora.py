@@ -2,17 +2,16 @@ r"""`randlora`: a sum of random pairs of factors, weighed by trained diagonals, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.change import diagonals, node
+from lowrank_optax.adapters.change import Flattened, diagonals, node
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.adapters.shared import Shared, SharedBank, equal_ranks
-from lowrank_optax.axes import Axes
+from lowrank_optax.axes import matrix_shape
 from lowrank_optax.lowrank import LowRank
 
 
@@ -30,7 +29,7 @@ class RandomPairs(SharedBank):
 
 
 @node
-class RandLoRA(Shared):
+class RandLoRA(Flattened, Shared):
     r"""The change of a kernel whose smaller side has s entries and whose larger side has l,
 
     .. math:: D = s_0\, \sum_{k = 1}^{N r} b_k\, \lambda_k\, (a_k \circ \gamma_k)^\top, \quad N = \lceil s / r \rceil,
@@ -45,6 +44,7 @@ class RandLoRA(Shared):
       gamma: :math:`\gamma`, `(batch..., N, s)`, `1 / max(N, s)` at the start.
       scale: s0, `(batch...)`, not trained.
       bank: the `RandomPairs`, None in the tree of changes, which holds it once.
+      inputs: the number of input axes of the kernel, 1 by default; static.
 
     References:
       arXiv:2502.00987.
@@ -62,11 +62,9 @@ class RandLoRA(Shared):
     def make(cls, request: Request) -> tuple[Any, Any]:
         request.start.only_zero(cls.kind)
         small, pairs = min(request.m, request.n), -(-min(request.m, request.n) // request.rank)
-        if len(_splits(request.shape, request.split.batch, small)) > 1:
-            raise request.refuse(cls.kind, "two splits of its axes have the same smaller side; leave it out")
         lam = jnp.zeros((*request.batch, request.rank, pairs), request.W.dtype)
         gamma = jnp.full((*request.batch, pairs, small), 1 / max(pairs, small), request.W.dtype)
-        return cls(lam, gamma, request.number(request.scale)), None
+        return cls(lam, gamma, request.number(request.scale), inputs=request.split.inputs), None
 
     @classmethod
     def draw_bank(cls, key: jax.Array, requests: Sequence[Request], changes: Sequence[Any]) -> RandomPairs:
@@ -79,17 +77,14 @@ class RandLoRA(Shared):
         B = jax.random.uniform(of_B, (large, -(-small // r), r), dtype, -1, 1)
         return RandomPairs(A / jnp.std(A), B / jnp.std(B))
 
-    def axes(self, shape: tuple[int, ...]) -> Axes:
-        return Axes(self.batch, _splits(shape, self.batch, self.gamma.shape[-1])[0])
-
     def fits(self, shape: tuple[int, ...]) -> bool:
-        same = shape[: self.batch] == self.scale.shape
-        return same and len(_splits(shape, self.batch, self.gamma.shape[-1])) == 1
+        axes = self.axes(shape)
+        same = len(shape) > sum(axes) and shape[: axes.batch] == self.scale.shape
+        return same and min(matrix_shape(shape, axes)) == self.gamma.shape[-1]
 
     def part(self, base: Any) -> LowRank:
         bank, shape, b = jax.lax.stop_gradient(self.needed()), tuple(base.shape), self.batch
-        inner = sum(self.axes(shape))
-        m, n = math.prod(shape[b:inner]), math.prod(shape[inner:])
+        inner, (m, n) = b + self.inputs, matrix_shape(shape, self.axes(shape))
         batch, (pairs, small), r = shape[:b], self.gamma.shape[-2:], self.lam.shape[-2]
         large = bank.B[..., : max(m, n), :pairs, :].reshape(*batch, max(m, n), pairs * r)
         products = bank.A[..., :, None, :small] * self.gamma[..., None, :, :]
@@ -97,12 +92,3 @@ class RandLoRA(Shared):
         U, V = (other, large) if m <= n else (large, other)
         weights = jax.lax.stop_gradient(self.scale)[..., None] * self.lam.reshape(*batch, r * pairs)
         return LowRank(U.reshape(*shape[:inner], -1), diagonals(weights), V.reshape(*batch, *shape[inner:], -1))
-
-
-def _splits(shape: tuple[int, ...], batch: int, small: int) -> list[int]:
-    """The numbers of input axes with which the smaller side of a kernel has so many entries."""
-    return [
-        inputs
-        for inputs in range(1, len(shape) - batch)
-        if min(math.prod(shape[batch : batch + inputs]), math.prod(shape[batch + inputs :])) == small
-    ]

@@ -15,7 +15,7 @@ import optax
 
 from lowrank_optax.adapters.allora import ALLoRA
 from lowrank_optax.adapters.change import is_parameter
-from lowrank_optax.adapters.create import init, magnitude
+from lowrank_optax.adapters.create import Variant, init, magnitude
 from lowrank_optax.adapters.lora import LoRA
 from lowrank_optax.adapters.lowrank import LowRankChange, as_change
 from lowrank_optax.adapters.magnitude import Magnitude
@@ -188,7 +188,7 @@ def _kind(name: str, change: Any) -> Any:
     if isinstance(change, Magnitude) and isinstance(change.change, LoRA):
         return magnitude(_kind(name, change.change))
     if isinstance(change, ALLoRA):
-        return type(change)
+        return Variant(type(change), {"eta": change.eta})
     if isinstance(change, LoRA | LowRank | LowRankChange):
         return "lora" if is_pair(change) else "lowrank"
     raise ValueError(f"restart takes kinds 'lora', 'allora', 'dora' and 'lowrank', and {name!r} has {_title(change)}")

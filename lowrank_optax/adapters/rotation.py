@@ -2,22 +2,20 @@ r"""`hra`: :math:`W = R\,W_0` with R a product of Householder reflections of the
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.change import Change, axes_with_rows, dense_base, node
+from lowrank_optax.adapters.change import Flattened, dense_base, node
 from lowrank_optax.adapters.request import Request
-from lowrank_optax.axes import Axes
 from lowrank_optax.layout import map_matrices
 from lowrank_optax.linalg import highest_precision, working_dtype
 from lowrank_optax.lowrank import LowRank
 
 
 @node
-class Householder(Change):
+class Householder(Flattened):
     r"""Reflections :math:`W = H_r \cdots H_1 W_0` with :math:`H_i = I - 2 u_i u_i^\top`, which keep singular values.
 
     The product is :math:`I - U T^\top U^\top` with :math:`T^{-1} = I/2 + \mathrm{striu}(U^\top U)`, so the change is
@@ -26,6 +24,7 @@ class Householder(Change):
     Attributes:
       U: `(batch..., m, r)` with m inputs; its columns need not have unit length. At the start they are equal in pairs,
         whose reflections cancel.
+      inputs: the number of input axes of the kernel, 1 by default; static.
 
     References:
       arXiv:2405.17484, equation 4, without its Gram-Schmidt variant.
@@ -42,19 +41,15 @@ class Householder(Change):
         if request.rank % 2:
             raise request.refuse(cls.kind, f"its rank is even, since reflections cancel in pairs, got {request.rank}")
         half = request.normal(0, request.m, request.rank // 2)
-        return cls(jnp.repeat(half, 2, axis=-1)), None
+        return cls(jnp.repeat(half, 2, axis=-1), inputs=request.split.inputs), None
 
     @property
     def batch(self) -> int:
         return self.U.ndim - 2
 
-    def axes(self, shape: tuple[int, ...]) -> Axes:
-        return axes_with_rows(shape, self.batch, self.U.shape[-2])
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        b = self.batch
-        ends = {math.prod(shape[b:i]) for i in range(b + 1, len(shape))}
-        return shape[:b] == self.U.shape[:-2] and self.U.shape[-2] in ends
+    @property
+    def sides(self) -> tuple[int, None]:
+        return self.U.shape[-2], None
 
     def part(self, base: Any) -> LowRank:
         return self._part(dense_base(base), map_matrices(_reflections, self._working()))

@@ -14,7 +14,7 @@ from lowrank_optax.adapters.allocate import Allocation, allocating
 from lowrank_optax.adapters.components import changes_of
 from lowrank_optax.adapters.lora import LoRA
 from lowrank_optax.adapters.muon import scale_by_muon
-from lowrank_optax.adapters.pairs import flatten_pair, is_pair, on_pairs, with_nodes, without_nodes
+from lowrank_optax.adapters.pairs import flatten_pair, is_pair, on_pairs, power_of_gram, with_nodes, without_nodes
 from lowrank_optax.adapters.pro import pro
 from lowrank_optax.adapters.rite import scale_by_rite
 from lowrank_optax.adapters.trees import labels
@@ -64,7 +64,7 @@ def optimizer(
       ratio: of `plus`, the step of B over the step of A.
       damping: lambda of `precondition`, default 1e-2, of `pro` and `rite`, default 1e-8, of `frozen_a`, default no
         preconditioning, and of `muon`, default each factor by itself. A small one makes the first steps from B = 0
-        large.
+        large. Where it does not lift an eigenvalue above rounding, inverses are pseudo-inverses.
       geometry: of `manifold`, see `fixed_rank`; default `Tangent()`, which leaves a zero change sooner than the others.
       b1: the decay of the momentum of `muon`, default 0.95, or of the first moment of `rite`, default 0.9.
       b2: the decay of the second moment of `rite`.
@@ -202,12 +202,13 @@ RULES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
 
 
 def _preconditioned(gA: jax.Array, gB: jax.Array, A: jax.Array, B: jax.Array, damping: jax.Array) -> Any:
-    eye = damping * jnp.eye(A.shape[1], dtype=A.dtype)
-    solve = jax.scipy.linalg.solve
-    new_A = solve(B @ B.T + eye, gA.T, assume_a="pos").T
-    return new_A, solve(A.T @ A + eye, gB, assume_a="pos")
+    return gA @ _inverse(B @ B.T, damping), _inverse(A.T @ A, damping) @ gB
 
 
 def _preconditioned_B(gB: jax.Array, A: jax.Array, s: jax.Array, damping: jax.Array) -> jax.Array:
-    eye = damping * jnp.eye(A.shape[1], dtype=A.dtype)
-    return jax.scipy.linalg.solve(A.T @ A + eye, gB, assume_a="pos") / s**2
+    return _inverse(A.T @ A, damping) @ gB / s**2
+
+
+def _inverse(gram: jax.Array, damping: jax.Array) -> jax.Array:
+    """Zero where the damping does not lift an eigenvalue above rounding: gradients of factors vanish there too."""
+    return power_of_gram(gram + damping * jnp.eye(gram.shape[0], dtype=gram.dtype), -1)

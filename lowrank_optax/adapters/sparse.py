@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.change import Change, node, times_base, to_dense
+from lowrank_optax.adapters.change import Change, indices, node, times_base, to_dense
 from lowrank_optax.adapters.lora import LoRA
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.adapters.starts import Gradient, Zero
@@ -27,7 +27,7 @@ class Entries(Change):
     Attributes:
       values: `(batch..., k)`, zero at the start.
       positions: `(batch..., k, 2)`, row and column of each entry of the kernel as a matrix, not trained; floating,
-        like all leaves that have gradients.
+        like all leaves that have gradients, and in four bytes or more.
 
     References:
       arXiv:2406.13175.
@@ -81,7 +81,7 @@ class Entries(Change):
 
         for _ in range(self.batch):
             one = jax.vmap(one)
-        return one(self.values, jax.lax.stop_gradient(self.positions).astype(jnp.int32)).reshape(shape)
+        return one(self.values, indices(self.positions, self.kind)).reshape(shape)
 
 
 @node

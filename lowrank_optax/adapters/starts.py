@@ -106,6 +106,9 @@ class Gradient(Start):
     W0 gives way to the change. A change of kind `lowrank` starts at zero between the r leading singular vectors of both
     sides instead, so that its first step is the steepest of its rank.
 
+    PEFT's `LoraGAConfig()` has these directions and other lengths, :math:`A = U_{1..r}` and
+    :math:`B = c\,\Sigma_{r+1..2r} V_{r+1..2r}^\top`, so its first steps are other ones.
+
     Attributes:
       gradients: gradients of kernels by path.
       gamma: the constant of the stable scale.
@@ -211,7 +214,12 @@ class Activation(Start):
 
 
 def gradient(gradients: Any, *, gamma: float = 16.0) -> Gradient:
-    """The start from gradients of the loss with respect to the dense kernels, see `Gradient`.
+    r"""The start from gradients of the loss with respect to the dense kernels, LoRA-GA's, see `Gradient`.
+
+    With :math:`G = U \Sigma V^\top` of a kernel of n outputs and :math:`c = n^{1/4} / \sqrt\gamma` it is
+    :math:`A = c\,U_{1..r}`, :math:`B = c\,V_{r+1..2r}^\top`. PEFT's `init_lora_weights="lora_ga"` has by default
+    :math:`A = U_{1..r}`, :math:`B = c\,\Sigma_{r+1..2r} V_{r+1..2r}^\top`: another start with other outputs after the
+    first step.
 
     Args:
       gradients: a tree like the parameters, the mean over a few batches, say.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.change import Change, axes_with_rows, dense_base, node, scaled_identity
+from lowrank_optax.adapters.change import Change, Flattened, dense_base, indices, node, scaled_identity
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.axes import Axes
 from lowrank_optax.layout import map_matrices
@@ -122,17 +122,19 @@ class HiRA(Change):
 
 
 @node
-class LoKr(Change):
+class LoKr(Flattened):
     r"""The change :math:`s\, C \otimes (A B)`, a Kronecker product.
 
     With :math:`m = m_1 m_2`, :math:`n = n_1 n_2` and m1, n1 the largest divisors up to the square root, C is
-    m1 x n1. Where the rank is below `min(m2, n2) / 2`, the other factor is A B, else a full B of m2 x n2 and A None.
+    m1 x n1. Where the rank is below `max(m2, n2) / 2`, as in PEFT, the other factor is A B, else a full B of m2 x n2
+    and A None.
 
     Attributes:
       C: `(batch..., m1, n1)`, zero at the start.
       A: `(batch..., m2, r)` or None.
       B: `(batch..., r, n2)`, or `(batch..., m2, n2)` without A.
       scale: s, `(batch...)`, not trained.
+      inputs: the number of input axes of the kernel, 1 by default; static.
 
     References:
       arXiv:2212.10650, section 3.2, and the LoKr of LyCORIS (arXiv:2309.14859, equation 4).
@@ -152,18 +154,15 @@ class LoKr(Change):
         m1, n1 = divisor(request.m), divisor(request.n)
         m2, n2, r = request.m // m1, request.n // n1, request.rank
         C = jnp.zeros((*request.batch, m1, n1), request.W.dtype)
-        pair = 2 * r < min(m2, n2)
+        pair = 2 * r < max(m2, n2)
         A = request.normal(0, m2, r, std=m2**-0.5) if pair else None
         B = request.normal(1, r, n2) if pair else request.normal(1, m2, n2, std=m2**-0.5)
-        return cls(C, A, B, request.number(request.scale)), None
+        return cls(C, A, B, request.number(request.scale), inputs=request.split.inputs), None
 
-    def axes(self, shape: tuple[int, ...]) -> Axes:
-        return axes_with_rows(shape, self.batch, self.C.shape[-2] * (self.B if self.A is None else self.A).shape[-2])
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        second = (self.B if self.A is None else self.A).shape[-2], self.B.shape[-1]
-        size = self.C.shape[-2] * self.C.shape[-1] * math.prod(second)
-        return shape[: self.batch] == self.scale.shape and math.prod(shape[self.batch :]) == size
+    @property
+    def sides(self) -> tuple[int, int]:
+        rows = (self.B if self.A is None else self.A).shape[-2]
+        return self.C.shape[-2] * rows, self.C.shape[-1] * self.B.shape[-1]
 
     @highest_precision
     def part(self, base: Any) -> jax.Array:
@@ -186,7 +185,7 @@ class Fourier(Change):
     Attributes:
       F: `(batch..., k)`.
       positions: `(batch..., k, 2)`, row and column of each entry, not trained; floating, like all leaves that have
-        gradients.
+        gradients, and in four bytes or more.
       scale: s, `(batch...)`, not trained.
 
     References:
@@ -223,7 +222,7 @@ class Fourier(Change):
         return shape[:-2] == self.scale.shape
 
     def part(self, base: Any) -> jax.Array:
-        positions, scale = jax.lax.stop_gradient((self.positions.astype(jnp.int32), self.scale))
+        positions, scale = indices(self.positions, self.kind), jax.lax.stop_gradient(self.scale)
         m, n = base.shape[-2:]
 
         def one(F: jax.Array, at: jax.Array, scale: jax.Array) -> jax.Array:

@@ -2,22 +2,20 @@ r"""`loretta`: a pair of factors that are tensor trains, with cores of the sizes
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.change import Change, axes_with_rows, node, scaled_identity
+from lowrank_optax.adapters.change import Flattened, node, scaled_identity
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.adapters.structured import divisor
-from lowrank_optax.axes import Axes
 from lowrank_optax.linalg import highest_precision
 from lowrank_optax.lowrank import LowRank
 
 
 @node
-class TensorTrain(Change):
+class TensorTrain(Flattened):
     r"""The change :math:`s\,A B` with :math:`m = m_1 m_2`, :math:`n = n_1 n_2` and
 
     .. math:: A_{(ik)\,p} = \sum_a (A_1)_{ia} (A_2)_{akp}, \quad B_{p\,(jl)} = \sum_b (B_1)_{pjb} (B_2)_{bl},
@@ -31,6 +29,7 @@ class TensorTrain(Change):
       B1: `(batch..., r, n1, r)`.
       B2: `(batch..., r, n2)`, zero at the start.
       scale: s, `(batch...)`, not trained.
+      inputs: the number of input axes of the kernel, 1 by default; static.
 
     References:
       arXiv:2402.11417, with two cores for each factor.
@@ -51,16 +50,12 @@ class TensorTrain(Change):
         m2, n2 = request.m // m1, request.n // n1
         A1, A2 = request.normal(0, m1, r, std=m1**-0.5), request.normal(1, r, m2, r, std=(r * m2) ** -0.5)
         B1 = request.normal(2, r, n1, r, std=r**-0.5)
-        return cls(A1, A2, B1, jnp.zeros((*request.batch, r, n2), A1.dtype), request.number(request.scale)), None
+        B2 = jnp.zeros((*request.batch, r, n2), A1.dtype)
+        return cls(A1, A2, B1, B2, request.number(request.scale), inputs=request.split.inputs), None
 
-    def axes(self, shape: tuple[int, ...]) -> Axes:
-        return axes_with_rows(shape, self.batch, self.A1.shape[-2] * self.A2.shape[-2])
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        b, rows = self.batch, self.A1.shape[-2] * self.A2.shape[-2]
-        ends = {math.prod(shape[b:i]) for i in range(b + 1, len(shape))}
-        size = rows * self.B1.shape[-2] * self.B2.shape[-1]
-        return shape[:b] == self.scale.shape and rows in ends and math.prod(shape[b:]) == size
+    @property
+    def sides(self) -> tuple[int, int]:
+        return self.A1.shape[-2] * self.A2.shape[-2], self.B1.shape[-2] * self.B2.shape[-1]
 
     @highest_precision
     def part(self, base: Any) -> LowRank:

@@ -2,17 +2,16 @@ r"""`vblora`: factors of short vectors that are mixtures of the vectors of one t
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.change import axes_with_rows, node
+from lowrank_optax.adapters.change import STATIC, Flattened, node
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.adapters.shared import Shared, SharedBank
-from lowrank_optax.axes import Axes
 from lowrank_optax.lowrank import LowRank
 
 
@@ -30,7 +29,7 @@ class VectorBank(SharedBank):
 
 
 @node
-class VBLoRA(Shared):
+class VBLoRA(Flattened, Shared):
     r"""The change :math:`A B` with the columns of A and the rows of B cut into pieces of length b. A piece is
 
     .. math:: \sum_{i \in T} \mathrm{softmax}(\ell_T)_i\, v_i
@@ -42,7 +41,8 @@ class VBLoRA(Shared):
       logits_A: `(batch..., r, m / b, h)`, Gaussian of standard deviation 0.01 at the start.
       logits_B: `(batch..., n / b, r, h)`, likewise.
       bank: the `VectorBank`, None in the tree of changes, which holds it once.
-      top: the number of vectors in a mixture; a subclass may have another.
+      inputs: the number of input axes of the kernel, 1 by default; static.
+      top: the number of vectors in a mixture, 2 by default; static. `variant("vblora", top=...)` sets it.
 
     References:
       arXiv:2405.15179.
@@ -50,24 +50,28 @@ class VBLoRA(Shared):
 
     kind: ClassVar[str] = "vblora"
     bank_name: ClassVar[str] = "vblora_bank"
-    top: ClassVar[int] = 2
 
     logits_A: jax.Array
     logits_B: jax.Array
     bank: VectorBank | None = None
+    top: int = dataclasses.field(default=2, kw_only=True, metadata=STATIC)
 
     @classmethod
-    def make(cls, request: Request, vectors: int = 256, length: int = 256) -> tuple[Any, Any]:
+    def make(cls, request: Request, vectors: int = 256, length: int = 256, top: int | None = None) -> tuple[Any, Any]:
         request.start.only_zero(cls.kind)
-        if request.m % length or request.n % length or vectors < cls.top:
+        top = cls.top if top is None else top
+        if top < 1:
+            raise request.refuse(cls.kind, f"top is the number of vectors in a mixture, from 1, got {top!r}")
+        if request.m % length or request.n % length or vectors < top:
             raise request.refuse(
                 cls.kind,
                 f"m, n are {request.m}, {request.n} and vectors of length {length} cut both; there are at least "
-                f"{cls.top} vectors: kind=lro.adapters.variant('vblora', vectors={vectors}, length=...)",
+                f"{top} vectors: kind=lro.adapters.variant('vblora', vectors={vectors}, length=...)",
             )
         r, h = request.rank, vectors
         logits_A = request.normal(0, r, request.m // length, h, std=0.01)
-        return cls(logits_A, request.normal(1, request.n // length, r, h, std=0.01)), None
+        logits_B = request.normal(1, request.n // length, r, h, std=0.01)
+        return cls(logits_A, logits_B, inputs=request.split.inputs, top=top), None
 
     @classmethod
     def draw_bank(cls, key: jax.Array, requests: Sequence[Request], changes: Sequence[Any]) -> VectorBank:
@@ -79,15 +83,10 @@ class VBLoRA(Shared):
     def batch(self) -> int:
         return self.logits_A.ndim - 3
 
-    def axes(self, shape: tuple[int, ...]) -> Axes:
-        return axes_with_rows(shape, self.batch, self.logits_A.shape[-2] * self.needed().vectors.shape[-1])
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        b, length = self.batch, self.needed().vectors.shape[-1]
-        rows = self.logits_A.shape[-2] * length
-        ends = {math.prod(shape[b:i]) for i in range(b + 1, len(shape))}
-        size = rows * self.logits_B.shape[-3] * length
-        return shape[:b] == self.logits_A.shape[:b] and rows in ends and math.prod(shape[b:]) == size
+    @property
+    def sides(self) -> tuple[int, int]:
+        length = self.needed().vectors.shape[-1]
+        return self.logits_A.shape[-2] * length, self.logits_B.shape[-3] * length
 
     def part(self, base: Any) -> LowRank:
         shape, b, vectors = tuple(base.shape), self.batch, self.needed().vectors

@@ -21,6 +21,10 @@ _ADVICE = (
     "lowrank_optax.factorize(params, rank, where=lowrank_optax.linen.kernels(model, *inputs)) reads the axes off the "
     "model"
 )
+_COMPOSED_ADVICE = (
+    "lowrank_optax.adapters.init and quantize with where=lowrank_optax.linen.kernels(model, *inputs) read the axes off "
+    "the model"
+)
 # Products whose errors concern shapes of activations, in modules written for LowRank parameters.
 _PRODUCTS = {"matmul", "dot_general"}
 _FILES = {module.__file__ for module in (factors, lowrank, blocks)}
@@ -82,19 +86,24 @@ def refuse_normalized(module: Any) -> None:
         )
 
 
-def misfit(path: str, owner: str, W: LowRank, axes: Axes) -> LayerError:
+def misfit(path: str, owner: str, W: Any, axes: Axes) -> LayerError:
     """The error of a kernel that is split into other axes than its layer declares."""
-    shape, inner = W.shape, axes.batch + axes.inputs
-    if min(W.U.ndim, W.S.ndim, W.V.ndim) < 2:
+    if not is_composed(W) and min(W.U.ndim, W.S.ndim, W.V.ndim) < 2:
         return SlicedError(
             f"the kernel {path!r} has factors of shapes {W.U.shape}, {W.S.shape}, {W.V.shape}, but its layer {owner} "
             f"declares {axes}: {_ADVICE}"
         )
+    own = W.axes if is_composed(W) else Axes(len(W.batch_shape), len(W.in_shape))
+    advice = _COMPOSED_ADVICE if is_composed(W) else _ADVICE
     return LayerError(
-        f"the kernel {path!r} of shape {shape} is split into batch {W.batch_shape}, inputs {W.in_shape} and outputs "
-        f"{W.out_shape}, but its layer {owner} declares batch {shape[: axes.batch]}, inputs "
-        f"{shape[axes.batch : inner]} and outputs {shape[inner:]}: {_ADVICE}"
+        f"the kernel {path!r} of shape {W.shape} is split into {_split(W.shape, own)}, but its layer {owner} declares "
+        f"{_split(W.shape, axes)}: {advice}"
     )
+
+
+def _split(shape: tuple[int, ...], axes: Axes) -> str:
+    inner = sum(axes)
+    return f"batch {shape[: axes.batch]}, inputs {shape[axes.batch : inner]} and outputs {shape[inner:]}"
 
 
 def stacked_misfit(error: Exception, module: Any, method: str, args: Any, kwargs: Any) -> LayerError | None:

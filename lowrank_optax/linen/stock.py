@@ -118,10 +118,18 @@ def _through_grid(layer: Any, W: BlockLowRank, inputs: Any, *args: Any, **kwargs
         z: Any = narrow.apply({"params": {"kernel": groups}}, inputs, *args, **kwargs)
         z = jnp.moveaxis(z.reshape(*z.shape[:-1], b, c, W.width), -3, 0)
         return W.second_stage(z, S, V, precision=layer.precision)
-    axes = [axis % inputs.ndim for axis in _tuple(getattr(layer, "axis", -1))]
-    batch = _tuple(getattr(layer, "batch_dims", ()))
+    if getattr(layer, "dot_general", None) is not None:
+        raise TypeError(
+            f"{type(layer).__name__} has a dot_general of its own, which a grid of blocks would not call: "
+            f"factorize the kernel of shape {W.shape} with blocks=1"
+        )
+    # Flax sorts the axes that a layer names, so the axes of the kernel are in that order.
+    axes, batch = (
+        sorted(axis % inputs.ndim for axis in _tuple(x))
+        for x in (getattr(layer, "axis", -1), getattr(layer, "batch_dims", ()))
+    )
     k = len(batch)
-    numbers = (tuple(axes), tuple(range(k, k + len(axes)))), (batch, tuple(range(k)))
+    numbers = (tuple(axes), tuple(range(k, k + len(axes)))), (tuple(batch), tuple(range(k)))
     return dot_general(inputs, W, numbers, precision=layer.precision)
 
 

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from lowrank_optax import adapters as ad
-from lowrank_optax.adapters.change import Change
+from lowrank_optax.adapters.change import Change, array_fields
 from lowrank_optax.adapters.create import as_kind
 from lowrank_optax.adapters.lowrank import as_change
 from lowrank_optax.adapters.shared import shared_in
@@ -40,9 +40,12 @@ class Fields(nnx.Module):
 
     def __init__(self, change: Change) -> None:
         self.kind = nnx.static(type(change))
+        arrays = array_fields(change)
         for field in dataclasses.fields(change):  # type: ignore[arg-type]
             name, value = field.name, getattr(change, field.name)
-            if isinstance(value, Change):
+            if name not in arrays:
+                setattr(self, name, nnx.static(value))
+            elif isinstance(value, Change):
                 setattr(self, name, Fields(value))
             elif value is not None:
                 setattr(self, name, (AdapterBuffer if name in change.frozen else AdapterParam)(value))
@@ -54,7 +57,8 @@ class Fields(nnx.Module):
         """The change."""
         kind: Any = self.kind
         values: dict[str, Any] = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(kind)}
-        for name, x in values.items():
+        for name in array_fields(kind):
+            x = values[name]
             values[name] = x.value() if isinstance(x, Fields) else None if x is None else x.get_value()
         if issubclass(kind, ad.LoRA):
             values["scale"] = self.scale_of_product.get_value()

@@ -158,6 +158,85 @@ def test_bad_folders_are_told_in_one_line(tmp_path: pathlib.Path) -> None:
     refused("has lora_bias", write(tmp_path / "i", good, lora_bias=True))
 
 
+LAYER = {"x.lora_A.weight": np.asarray(draw((4, 8))), "x.lora_B.weight": np.asarray(draw((6, 4)))}
+PARAMS = {"x": {"kernel": draw((8, 6))}}
+NO_NUMBERS = [
+    ("null", None),
+    ("text", "abc"),
+    ("list", [1]),
+    ("nan", float("nan")),
+    ("inf", float("inf")),
+    ("bool", True),
+]
+DAMAGED = {
+    **{f"r {name}": ({"r": value}, f"r {re.escape(repr(value))}, which is no rank") for name, value in NO_NUMBERS},
+    "r zero": ({"r": 0}, "r 0, which is no rank"),
+    **{
+        f"alpha {name}": ({"lora_alpha": value}, f"lora_alpha {re.escape(repr(value))}, which is no finite number")
+        for name, value in NO_NUMBERS
+    },
+    **{
+        f"{field} {name}": ({field: value}, f"{field} {message}")
+        for field, what in (("rank_pattern", "rank"), ("alpha_pattern", "finite number"))
+        for name, value, message in (
+            ("list", ["x"], r"\['x'\], which is no object of names and values"),
+            ("no pattern", {"(": 4}, r"with '\(', which is no pattern: missing \)"),
+            ("text", {"x": "4"}, f"with 'x': '4', which is no {what}"),
+        )
+    },
+    "modules text": ({"modules_to_save": "head"}, "modules_to_save 'head', which is no list of names"),
+    "modules numbers": ({"modules_to_save": [1]}, r"modules_to_save \[1\], which is no list of names"),
+    **{
+        name: ({name: value}, f"{name}, which has no counterpart here")
+        for name, value in {
+            "lora_bias": True,
+            "alora_invocation_tokens": [1, 2],
+            "use_qalora": True,
+            "use_bdlora": {"nblocks": 2},
+            "layer_replication": [[0, 1]],
+            "trainable_token_indices": [1],
+            "monteclora_config": {"num_samples": 2},
+            "arrow_config": {"top_k": 2},
+            "kasa_config": {"beta": 1.0},
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_configs_are_told_with_file_and_field(name: str, tmp_path: pathlib.Path) -> None:
+    fields, message = DAMAGED[name]
+    folder = write(tmp_path, LAYER, **fields)
+    with pytest.raises(ValueError, match=f"adapter_config.json has {message}") as caught:
+        lro.adapters.load(folder, PARAMS)
+    assert "\n" not in str(caught.value)
+
+
+def test_configs_without_alpha_or_rank_have_those_of_peft(tmp_path: pathlib.Path) -> None:
+    """Both are 8 there."""
+    folder = write(tmp_path / "a", LAYER)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    without = lambda field: json.dumps({k: v for k, v in config.items() if k != field})  # noqa: E731
+    (folder / "adapter_config.json").write_text(without("lora_alpha"))
+    assert float(lro.adapters.load(folder, PARAMS)["x"]["kernel"].scale) == 2.0
+    (folder / "adapter_config.json").write_text(without("r"))
+    with pytest.raises(ValueError, match=r"has rank 4, and adapter_config.json says 8 by r, which is 8 where it is mi"):
+        lro.adapters.load(folder, PARAMS)
+
+
+@pytest.mark.parametrize("letter", "AB")
+@pytest.mark.parametrize("value", [np.nan, np.inf, None], ids=["nan", "inf", "integers"])
+def test_factors_that_are_no_numbers(letter: str, value: float | None, tmp_path: pathlib.Path) -> None:
+    key = f"x.lora_{letter}.weight"
+    x = LAYER[key].copy()
+    if value is None:
+        x = x.astype(np.int32)
+    else:
+        x[1, 2] = value
+    with pytest.raises(ValueError, match=rf"safetensors has '.*{key}' in \w+, not all of it finite floating numbers"):
+        lro.adapters.load(write(tmp_path, {**LAYER, key: x}), PARAMS)
+
+
 def test_exports_that_are_refused(tmp_path: pathlib.Path) -> None:
     params = {"a": {"kernel": draw((8, 6))}, "b": {"kernel": draw((8, 6))}}
     make = lambda kind: lro.adapters.init(jax.random.key(0), params, 2, kind=kind)[1]  # noqa: E731
@@ -169,6 +248,10 @@ def test_exports_that_are_refused(tmp_path: pathlib.Path) -> None:
         lro.adapters.export(tmp_path, make("lora"), module=lambda path, index: "x")
     with pytest.raises(ValueError, match="there is no change to export"):
         lro.adapters.export(tmp_path, {})
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=r"cannot be made a folder, because it is a file or lies below one$"):
+            lro.adapters.export(folder, make("lora"))
 
 
 def test_one_base_with_several_adapters(tmp_path: pathlib.Path) -> None:
