@@ -15,6 +15,7 @@ from lowrank_optax.boxes import unboxed, unwrapped
 from lowrank_optax.checks import check_orthonormal
 from lowrank_optax.diagnostics import ranks
 from lowrank_optax.door import FixedRankState, nodes
+from lowrank_optax.galerkin import GalerkinState
 from lowrank_optax.geometry import Info, geometry_of, is_coordinates
 from lowrank_optax.layout import map_kernel, map_numbers
 from lowrank_optax.lowrank import LowRank, is_lowrank
@@ -53,7 +54,8 @@ def resize(params: Any, opt_state: Any = None, rank: Rank | None = None) -> tupl
 
     Raises:
       ValueError: for factors that are not orthonormal, a state of another optimizer or of other parameters, or one that
-        keeps factored copies of the parameters outside `fixed_rank`.
+        keeps factored copies of the parameters outside `fixed_rank`; for a state of `galerkin` inside a loop, or a width
+        below twice the rank.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
@@ -72,7 +74,15 @@ def resize(params: Any, opt_state: Any = None, rank: Rank | None = None) -> tupl
             "resize found no state of fixed_rank in this optimizer state, so its moments would keep the old width: "
             "pass the state that tx.init(params) made"
         )
-    moves = {path: move for path, W in kernels.items() if (move := _plan(path_name(path), W, rank)) is not None}
+    loops = nodes(opt_state, GalerkinState)
+    if any(bool(jnp.any(loop.phase != 0)) for loop in loops):
+        raise ValueError(
+            "resize inside a loop of galerkin would lose the directions that its bases have gained: call it when "
+            'optax.tree.get(opt_state, "phase") is 0'
+        )
+    room = 2 if loops else 1
+    plans = {path: _plan(path_name(path), W, rank, room) for path, W in kernels.items()}
+    moves = {path: move for path, move in plans.items() if move is not None}
 
     def kernel(path: Any, x: Any) -> Any:
         move = moves.get(tuple(path))
@@ -88,15 +98,18 @@ def resize(params: Any, opt_state: Any = None, rank: Rank | None = None) -> tupl
     return wrap_params(new), wrap_state(jax.tree_util.tree_map_with_path(outer, opt_state, is_leaf=is_node))
 
 
-def _plan(name: str, W: LowRank, rank: Rank | None) -> _Move | None:
-    """The move of one kernel; None if it stays the same to the bit."""
+def _plan(name: str, W: LowRank, rank: Rank | None, room: int) -> _Move | None:
+    """The move of one kernel to at least `room` times its rank, of need; None if it stays the same to the bit."""
     shapes = jax.eval_shape(lambda W: W.flatten(), W)
     limit = min(shapes.U.shape[-2], shapes.V.shape[-2])
     S = W.S.astype(linalg.working_dtype(W.U, W.S, W.V))
-    if rank is None:
-        width = max(1, int(jnp.max(map_numbers(mf.rank, S))))
-    else:
-        width = min(limit, rank_number(rank, name, W.shape, limit))
+    needed = min(limit, room * max(1, int(jnp.max(map_numbers(mf.rank, S)))))
+    width = needed if rank is None else min(limit, rank_number(rank, name, W.shape, limit))
+    if room > 1 and width < needed:
+        raise ValueError(
+            f"galerkin needs a width of twice the rank, {needed} for {name!r}, to move its bases: "
+            f"resize to {width} would leave less"
+        )
     if width == W.width and bool(jnp.all(map_numbers(mf.is_canonical, S))):
         return None
     return _Move(W, *map_kernel(_fitted, W, width=width))

@@ -47,6 +47,36 @@ def test_linen_layers_and_their_gradients_equal_the_dense_model(name: str) -> No
     linen_models.close(*both(params))
 
 
+@pytest.mark.parametrize("axis", [(-1, -2), (2, 1), (-2, -1)])
+@pytest.mark.parametrize("batch", [(), (0,)])
+def test_axes_in_any_order_are_those_of_the_dense_layer(axis: tuple[int, ...], batch: tuple[int, ...]) -> None:
+    """Equal sizes, so that a wrong order would be silent."""
+    x = jax.random.normal(jax.random.key(1), (3, 8, 8))
+    model = nn.DenseGeneral(6, axis=axis, batch_dims=batch, use_bias=False)
+    variables = model.init(jax.random.key(0), x)
+    axes = lro.Axes(len(batch), 2)
+    params = lro.factorize(variables["params"], 1.0, where=lambda path, shape: axes, blocks=2)
+    y = lro.linen.apply(model)({"params": params}, x)
+    np.testing.assert_allclose(y, model.apply({"params": lro.densify(params)}, x), atol=1e-5)
+
+
+def test_batch_axes_in_any_order_are_those_of_the_dense_layer() -> None:
+    x = jax.random.normal(jax.random.key(1), (3, 3, 8))
+    model = nn.DenseGeneral(6, axis=-1, batch_dims=(1, 0), use_bias=False)
+    variables = model.init(jax.random.key(0), x)
+    params = lro.factorize(variables["params"], 1.0, where=lambda path, shape: lro.Axes(2, 1), blocks=2)
+    y = lro.linen.apply(model)({"params": params}, x)
+    np.testing.assert_allclose(y, model.apply({"params": lro.densify(params)}, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [nn.Dense, nn.DenseGeneral])
+def test_a_dot_general_of_the_layer_is_refused_and_not_ignored(layer: Any) -> None:
+    model, x = layer(6, dot_general=jax.lax.dot_general), jnp.ones((2, 8))
+    params = lro.factorize(model.init(jax.random.key(0), x)["params"], 4, blocks=2)
+    with pytest.raises(TypeError, match="dot_general of its own"):
+        lro.linen.apply(model)({"params": params}, x)
+
+
 def test_a_transposed_convolution_says_that_it_has_no_groups() -> None:
     model, x = nn.ConvTranspose(6, (3, 3)), jnp.ones((1, 5, 5, 4))
     params = lro.factorize(model.init(jax.random.key(0), x)["params"], 4, blocks=2)
