@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import itertools
 import json
 import runpy
@@ -143,6 +144,21 @@ class Session:
     overwrite: bool = False
     stop_at: int | None = None
     tensorboard: bool = False
+
+
+def experiment(name: str) -> type[Config]:
+    """The settings of one of `EXPERIMENTS`, as a class."""
+    config: type[Config] = importlib.import_module(f"experiments.{name}").CONFIG
+    return config
+
+
+def first_word(argv: Sequence[str] | None, text: str) -> tuple[str, list[str]]:
+    """The first word of a command line, and the rest; where there is none, prints the text and exits."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0].startswith("-"):
+        print(text)
+        sys.exit(0 if words and words[0] in ("-h", "--help") else 2)
+    return words[0], words[1:]
 
 
 def read(file: Path) -> tuple[Config, str]:

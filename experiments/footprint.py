@@ -18,7 +18,6 @@ After an experiment or a configuration file come its options. A line for each me
 model is loaded, after it is, and at the end, which includes what the compiler took.
 """
 
-import importlib
 import resource
 import sys
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from typing import Any
 import jax
 
 from experiments import methods, trainer
-from experiments.config import EXPERIMENTS, Config, ConfigError, parse
+from experiments.config import EXPERIMENTS, Config, ConfigError, experiment, first_word, parse
 from experiments.task import DataError, Params
 
 MB = 1e6
@@ -74,15 +73,11 @@ def _peak() -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0].startswith("-"):
-        print(__doc__)
-        sys.exit(0 if argv and argv[0] in ("-h", "--help") else 2)
-    run = measured if "--measure" in argv else programs
-    named = argv[0] in EXPERIMENTS
+    what, flags = first_word(argv, __doc__ or "")
+    run = measured if "--measure" in flags else programs
     try:
-        base = importlib.import_module(f"experiments.{argv[0]}").CONFIG if named else Path(argv[0])
-        config, _ = parse(base, ["--overwrite", *(flag for flag in argv[1:] if flag != "--measure")])
+        base = experiment(what) if what in EXPERIMENTS else Path(what)
+        config, _ = parse(base, ["--overwrite", *(flag for flag in flags if flag != "--measure")])
         for name in config.methods:
             print(name, *(f"{key} {value:,.3f}" for key, value in run(config, name).items()), sep="  ", flush=True)
     except (ConfigError, DataError) as error:

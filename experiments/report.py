@@ -17,7 +17,6 @@ is shown at the step size that was best on the first seed, with all the seeds ru
 import argparse
 import collections
 import dataclasses
-import importlib
 import itertools
 import math
 import re
@@ -28,6 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.config import experiment as settings_of
 from experiments.names import LEARNING_RATES, in_words
 from experiments.sweep import final, read
 from experiments.table import COLOURS
@@ -246,7 +246,7 @@ def block(words: str, folder: Path) -> str:
     path = folder / f"{experiment}.jsonl"
     if not path.exists():
         sys.exit(f"{path}: no such results")
-    config = importlib.import_module(f"experiments.{experiment}").CONFIG
+    config = settings_of(experiment)
     # A run from before a setting was added had its default.
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     runs = [{**run, "settings": {**defaults, **run["settings"]}} for run in read(path)]

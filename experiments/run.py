@@ -8,19 +8,16 @@ A file sets `CONFIG`, as `CONFIG = Pretrain(method="lowrank_adam", blocks=16, st
 `experiments/configs` say what they cost and which result to expect. `python -m experiments sweep` takes several.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import trainer
+from experiments.config import first_word
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0].startswith("-"):
-        print(__doc__)
-        sys.exit(0 if argv and argv[0] in ("-h", "--help") else 2)
-    trainer.main(Path(argv[0]), argv[1:])
+    file, flags = first_word(argv, __doc__ or "")
+    trainer.main(Path(file), flags)
 
 
 if __name__ == "__main__":

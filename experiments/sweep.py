@@ -13,7 +13,6 @@ there already is not repeated: start the same command again after an interruptio
 import argparse
 import concurrent.futures
 import dataclasses
-import importlib
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments import metrics
-from experiments.config import EXPERIMENTS, Config, ConfigError, parse
+from experiments.config import EXPERIMENTS, Config, ConfigError, experiment, parse
 from experiments.names import LEARNING_RATES
 from experiments.task import DataError
 
@@ -98,44 +97,41 @@ def _round(value: float | None, digits: int = 5) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One method with settings of its own: its name in the results, and how it is run but for step size and seed."""
+    """One method with settings of its own.
+
+    Attributes:
+      label: its name in the results.
+      command: the words that run it, but for step size, seed and folder.
+      config: its settings; its step size is where a search begins, 0 for that of the method.
+    """
 
     label: str
-    base: type[Config] | Path
-    flags: tuple[str, ...]
-
-    @property
-    def command(self) -> tuple[str, ...]:
-        return ("run", str(self.base)) if isinstance(self.base, Path) else (self.base.name,)
-
-    def config(self, *flags: str) -> Config:
-        """The settings of a run, whose folder need not be new."""
-        return parse(self.base, [*self.flags, *flags, "--overwrite"])[0]
-
-    @property
-    def method(self) -> str:
-        (name,) = self.config().methods
-        return name
+    command: tuple[str, ...]
+    config: Config
 
 
-def named(experiment: str, label: str, flags: Sequence[str]) -> Candidate:
-    """The candidate of a label as `lowrank_adam:blocks=16:lr=0.012`."""
+def named(what: str, label: str, flags: Sequence[str]) -> Candidate:
+    """The candidate of an experiment and a label as `lowrank_adam:blocks=16:lr=0.012`."""
     method, *pairs = label.split(":")
     if method not in LEARNING_RATES:
         raise ConfigError(f"--method {method}: choose from {', '.join(LEARNING_RATES)}")
     if not all("=" in pair for pair in pairs):
         raise ConfigError(f"--method {label}: after a method come settings as :name=value")
     own = [x for name, value in (pair.split("=", 1) for pair in pairs) for x in (f"--{name.replace('_', '-')}", value)]
-    base = importlib.import_module(f"experiments.{experiment}").CONFIG
-    return Candidate(label, base, (*flags, *own, "--method", method))
+    return _candidate(label, what, experiment(what), (*flags, *own, "--method", method))
 
 
 def filed(file: str, flags: Sequence[str]) -> Candidate:
     """The candidate of a configuration file."""
-    found = Candidate(Path(file).stem, Path(file), tuple(flags))
-    if len(found.config().methods) != 1:
+    found = _candidate(Path(file).stem, f"run {file}", Path(file), flags)
+    if len(found.config.methods) != 1:
         raise ConfigError(f"{file}: a sweep takes files of one method each")
     return found
+
+
+def _candidate(label: str, command: str, base: type[Config] | Path, flags: Sequence[str]) -> Candidate:
+    config, _ = parse(base, [*flags, "--overwrite"])  # of no folder, so none has to be new
+    return Candidate(label, (*command.split(" ", 1), *flags), config)
 
 
 class Sweep:
@@ -146,19 +142,18 @@ class Sweep:
 
     def run(self, candidate: Candidate, lr: float, seed: int) -> float:
         """The final validation loss of one run, from the store if it is there."""
-        flags = ("--lr", f"{lr:.6g}", "--seed", str(seed), "--save-every", "0")
-        config = candidate.config(*flags)
+        config = dataclasses.replace(candidate.config, lr=float(f"{lr:.6g}"), seed=seed)
         settings = {k: v for k, v in vars(config).items() if k not in NOT_SETTINGS}
         defaults = {f.name: f.default for f in dataclasses.fields(config) if f.name in settings}
         found = self.store.find(settings, defaults)
         if found is None:
             with tempfile.TemporaryDirectory() as folder:
-                arguments = [*candidate.command, *candidate.flags, *flags, "--out", folder]
-                command = [sys.executable, "-m", "experiments", *arguments]
+                own = ["--lr", str(config.lr), "--seed", str(seed), "--save-every", "0", "--out", folder]
+                command = [sys.executable, "-m", "experiments", *candidate.command, *own]
                 done = subprocess.run(self._pinned() + command, capture_output=True, text=True)
                 if done.returncode:
                     raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
-                found = summarise(candidate.label, settings, Path(folder) / f"{candidate.method}.jsonl")
+                found = summarise(candidate.label, settings, Path(folder) / f"{config.method}.jsonl")
                 self.store.add(found)
         return final(found)
 
@@ -172,8 +167,8 @@ class Sweep:
 
     def search(self, candidate: Candidate, seeds: Sequence[int]) -> str:
         """Tune one candidate and repeat its best; returns a line about it."""
-        label, config = candidate.label, candidate.config()
-        lr = config.lr or config.tuned.get(label, config.learning_rate(candidate.method))
+        label, config = candidate.label, candidate.config
+        lr = config.lr or config.tuned.get(label, config.learning_rate(config.method))
         tried = {lr: self.run(candidate, lr, seeds[0])}
         while True:
             # The first of equals, so that a flat search ends; of those that diverged the smallest, to go down from.
@@ -200,7 +195,7 @@ def _candidates(what: Sequence[str], labels: Sequence[str], flags: Sequence[str]
     if labels:
         raise ConfigError(f"--method {labels[0]}: configuration files have their methods; or name an experiment")
     candidates = [filed(file, flags) for file in what]
-    if len(names := sorted({candidate.config().name for candidate in candidates})) > 1:
+    if len(names := sorted({candidate.config.name for candidate in candidates})) > 1:
         raise ConfigError(f"sweep: files of one experiment, not of {' and '.join(names)}")
     return candidates
 
@@ -221,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         candidates = _candidates(args.what, args.method, flags)
     except ConfigError as error:
         sys.exit(str(error))
-    store = Store(args.out or Path("results") / f"{candidates[0].config().name}.jsonl")
+    store = Store(args.out or Path("results") / f"{candidates[0].config.name}.jsonl")
     sweep = Sweep(store, args.pin, args.fixed)
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         futures = [pool.submit(sweep.search, candidate, args.seeds) for candidate in candidates]

@@ -15,9 +15,10 @@ from typing import Any
 
 import jax
 
-from lowrank_optax.axes import Axes, factor_entries
+from lowrank_optax.axes import factor_entries
 from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.paths import is_wrapper
+from lowrank_optax.product import axes_of
 
 
 def is_box(x: Any) -> bool:
@@ -91,7 +92,7 @@ def boxed_factors(box: Any, W: Any) -> Any:
     """The kernel with a box around each factor, given the box of the dense kernel."""
     if not is_box(box):
         return W
-    entries = factor_entries(names_of(box), W.ndim, Axes(len(W.batch_shape), len(W.in_shape)))
+    entries = factor_entries(names_of(box), W.ndim, axes_of(W))
     factors = zip(entries, (W.U, W.S, W.V), strict=True)
     return type(W)(*(named(box, (*names, *(None,) * (len(x.shape) - len(names))), x) for names, x in factors))
 

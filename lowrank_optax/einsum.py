@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from lowrank_optax.axes import Axes
 from lowrank_optax.blocks import BlockLowRank
 from lowrank_optax.lowrank import absorb, contract, is_lowrank
-from lowrank_optax.product import Product, is_composed
+from lowrank_optax.product import Product, axes_of, is_composed
 
 
 class _Equation(NamedTuple):
@@ -140,7 +140,7 @@ def einsum(
     if not is_lowrank(W):
         return jnp.einsum(equation, x, W, **options, **kwargs)
     e = _parse(equation, jnp.ndim(x))
-    found = Axes(len(W.batch_shape), len(W.in_shape))
+    found = axes_of(W)
     if found != e.axes or len(e.w) != W.ndim or len(e.x) != jnp.ndim(x):
         raise ValueError(
             f"{equation!r} needs a kernel of {len(e.w)} axes with {e.axes} and an activation of {len(e.x)} axes, got a "

@@ -43,12 +43,14 @@ def guarded(init: Any, update: Any, inside: Any, max_consecutive_skips: Any) -> 
 
 
 def chain_in_one_guard(*pieces: optax.GradientTransformation) -> Guarded:
-    """`optax.chain` whose pieces skip a step together, so that none of them counts or moves in a step that others skip.
+    """`optax.chain` whose pieces skip a step together, so that none counts or moves where others do not."""
+    return skip_not_finite(optax.chain(*map(without_guard, pieces)), limit_of(*pieces))
 
-    The limit of skips is the one of the first piece that has a guard.
-    """
-    limits = [x.max_consecutive_skips for x in pieces if isinstance(x, Guarded)] or [MOST_SKIPS]
-    return skip_not_finite(optax.chain(*map(without_guard, pieces)), limits[0])
+
+def limit_of(*pieces: optax.GradientTransformation) -> Any:
+    """The most skips in a row of the first piece that has a guard, the default where none has."""
+    limits = [x.max_consecutive_skips for x in pieces if isinstance(x, Guarded)]
+    return limits[0] if limits else MOST_SKIPS
 
 
 def without_guard(tx: optax.GradientTransformation) -> optax.GradientTransformation:

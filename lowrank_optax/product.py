@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from lowrank_optax.axes import Axes
+
 
 class Product(NamedTuple):
     """The product of one layer with one input, as a function of the kernel.
@@ -31,6 +33,12 @@ class Composed(Protocol):
 def is_composed(x: Any) -> bool:
     """Whether x is a kernel that says by itself how a layer multiplies with it."""
     return hasattr(type(x), "through")
+
+
+def axes_of(W: Any) -> Axes:
+    """How the axes of a kernel split that is a `LowRank`, a grid, or composed."""
+    axes: Axes = W.axes if is_composed(W) else Axes(len(W.batch_shape), len(W.in_shape))
+    return axes
 
 
 def trailing_columns(batch: int) -> Callable[[jax.Array, int], jax.Array]:

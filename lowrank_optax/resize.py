@@ -53,9 +53,9 @@ def resize(params: Any, opt_state: Any = None, rank: Rank | None = None) -> tupl
       Parameters and state.
 
     Raises:
-      ValueError: for factors that are not orthonormal, a state of another optimizer or of other parameters, or one that
-        keeps factored copies of the parameters outside `fixed_rank`; for a state of `galerkin` inside a loop, or a width
-        below twice the rank.
+      ValueError: for factors that are not orthonormal, a state of another optimizer or of other parameters, one that
+        keeps factored copies of the parameters outside `fixed_rank`, or one of `galerkin` inside a loop; and for a
+        width below twice the rank with `galerkin`.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax

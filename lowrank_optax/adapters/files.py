@@ -31,8 +31,15 @@ _LETTERS["lora_magnitude_vector.weight"] = "m"  # in older files
 _DEFAULTS = {"r": 8, "lora_alpha": 8}  # of PEFT, for configs that do not say
 # Fields of a config with which a layer computes something else than LoRA does, or a model has other layers.
 _OTHER_METHODS = (
-    *("lora_bias", "alora_invocation_tokens", "use_qalora", "use_bdlora", "layer_replication"),
-    *("trainable_token_indices", "monteclora_config", "arrow_config", "kasa_config"),
+    "lora_bias",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "layer_replication",
+    "trainable_token_indices",
+    "monteclora_config",
+    "arrow_config",
+    "kasa_config",
 )
 
 

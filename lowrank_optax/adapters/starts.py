@@ -214,12 +214,7 @@ class Activation(Start):
 
 
 def gradient(gradients: Any, *, gamma: float = 16.0) -> Gradient:
-    r"""The start from gradients of the loss with respect to the dense kernels, LoRA-GA's, see `Gradient`.
-
-    With :math:`G = U \Sigma V^\top` of a kernel of n outputs and :math:`c = n^{1/4} / \sqrt\gamma` it is
-    :math:`A = c\,U_{1..r}`, :math:`B = c\,V_{r+1..2r}^\top`. PEFT's `init_lora_weights="lora_ga"` has by default
-    :math:`A = U_{1..r}`, :math:`B = c\,\Sigma_{r+1..2r} V_{r+1..2r}^\top`: another start with other outputs after the
-    first step.
+    """The start from gradients of the loss with respect to the dense kernels, LoRA-GA's, see `Gradient`.
 
     Args:
       gradients: a tree like the parameters, the mean over a few batches, say.

@@ -15,7 +15,7 @@ from lowrank_optax.boxes import unboxed
 from lowrank_optax.linen.where import declarations
 from lowrank_optax.lowrank import LowRank, is_lowrank
 from lowrank_optax.paths import path_name
-from lowrank_optax.product import is_composed
+from lowrank_optax.product import axes_of, is_composed
 
 _ADVICE = (
     "lowrank_optax.factorize(params, rank, where=lowrank_optax.linen.kernels(model, *inputs)) reads the axes off the "
@@ -93,11 +93,10 @@ def misfit(path: str, owner: str, W: Any, axes: Axes) -> LayerError:
             f"the kernel {path!r} has factors of shapes {W.U.shape}, {W.S.shape}, {W.V.shape}, but its layer {owner} "
             f"declares {axes}: {_ADVICE}"
         )
-    own = W.axes if is_composed(W) else Axes(len(W.batch_shape), len(W.in_shape))
     advice = _COMPOSED_ADVICE if is_composed(W) else _ADVICE
     return LayerError(
-        f"the kernel {path!r} of shape {W.shape} is split into {_split(W.shape, own)}, but its layer {owner} declares "
-        f"{_split(W.shape, axes)}: {advice}"
+        f"the kernel {path!r} of shape {W.shape} is split into {_split(W.shape, axes_of(W))}, but its layer {owner} "
+        f"declares {_split(W.shape, axes)}: {advice}"
     )
 
 
@@ -138,7 +137,7 @@ def stacked_misfit(error: Exception, module: Any, method: str, args: Any, kwargs
         return None
     for name, W in suspects.items():
         axes = declared[name].axes_in(W.shape) if name in declared else ""
-        if isinstance(axes, Axes) and axes != Axes(len(W.batch_shape), len(W.in_shape)):
+        if isinstance(axes, Axes) and axes != axes_of(W):
             owner = classes.get(name.rpartition("/")[0], type(module)).__name__
             return misfit("/".join((*module.path, name)), owner, W, axes)
     return None

@@ -10,13 +10,12 @@ from typing import Any
 import flax.linen as nn
 from flax.core import meta
 
-from lowrank_optax.axes import Axes
 from lowrank_optax.boxes import opened
 from lowrank_optax.linen import stock as stock  # registers Flax's own layers
 from lowrank_optax.linen.misfit import LayerError, misfit, refuse_normalized, refused, stacked_misfit
 from lowrank_optax.linen.registry import Layer, declared_axes, find, leaves_of, normalizer
 from lowrank_optax.lowrank import arithmetic_refused, is_lowrank
-from lowrank_optax.product import is_composed
+from lowrank_optax.product import axes_of, is_composed
 
 ADAPTERS = "adapters"  # the collection of changes of frozen kernels
 
@@ -168,8 +167,7 @@ def _checked(layer: Layer, module: Any, own: dict[str, Any], args: Any, kwargs: 
                 "lowrank_optax.factorize(..., where=lowrank_optax.linen.kernels(model, *inputs)), or a `where` that "
                 "returns False for it"
             )
-        own_axes = W.axes if is_composed(W) else Axes(len(W.batch_shape), len(W.in_shape))
-        if axes != own_axes or W.ndim <= sum(axes):
+        if axes != axes_of(W) or W.ndim <= sum(axes):
             raise misfit(path, type(module).__name__, W, axes)
     return [own[name] if is_kernel(own.get(name)) else meta.unbox(own.get(name)) for name in layer.leaves]
 

@@ -18,7 +18,7 @@ from lowrank_optax.blocks import BlockLowRank, grouped_kernel, padded_channels
 from lowrank_optax.einsum import einsum, einsum_axes, output_sizes, product
 from lowrank_optax.linen.registry import register
 from lowrank_optax.lowrank import LowRank, absorb, contract, dot_general, is_lowrank
-from lowrank_optax.product import Product, is_composed, trailing_columns
+from lowrank_optax.product import Product, axes_of, is_composed, trailing_columns
 
 # Hooks that create variables of their own (fp8) and therefore do not run on a detached layer.
 _VARIABLE_HOOKS = ("dot_general_cls", "conv_general_dilated_cls")
@@ -62,7 +62,7 @@ def _kernel_shape(layer: Any, inputs: Any) -> tuple[int, ...]:
 
 def forward(layer: Any, kernel: Any, bias: Any, inputs: Any, *args: Any, **kwargs: Any) -> jax.Array:
     """The output of a detached stock layer whose kernel is factored, or composed of arrays and factored parts."""
-    axes = _axes(kernel)
+    axes = axes_of(kernel)
     times = functools.partial(_times, layer, bias, inputs, args, kwargs)
     y = kernel.through(Product(times, trailing_columns(axes.batch))) if is_composed(kernel) else times(kernel)
     if bias is None:
@@ -133,17 +133,13 @@ def _through_grid(layer: Any, W: BlockLowRank, inputs: Any, *args: Any, **kwargs
     return dot_general(inputs, W, numbers, precision=layer.precision)
 
 
-def _axes(kernel: Any) -> Axes:
-    return kernel.axes if is_composed(kernel) else Axes(len(kernel.batch_shape), len(kernel.in_shape))
-
-
 def _running(stock: type[nn.Module]) -> Callable[..., jax.Array]:
     """`forward` for the modules of a stock class, with the checks of shapes that Flax makes for a dense kernel."""
 
     def run(module: Any, W: Any, inputs: Any, *args: Any, **kwargs: Any) -> jax.Array:
         layer = detach(stock, module)
         _check_shape(module, W, _kernel_shape(layer, inputs))
-        batch, n = _axes(W)
+        batch, n = axes_of(W)
         return forward(layer, W, _bias(module, W.shape[:batch] + W.shape[batch + n :]), inputs, *args, **kwargs)
 
     return run

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.axes import Rank, Where, check_where
-from lowrank_optax.guard import without_guard
+from lowrank_optax.guard import Guarded, limit_of, skip_not_finite, without_guard
 from lowrank_optax.projected.leaves import Leaf, chosen_leaves
 from lowrank_optax.projected.projectors import Projector, svd
 
@@ -28,16 +28,16 @@ class Choice:
 
 def kernels_and_others(
     kernels: optax.GradientTransformation, others: optax.GradientTransformation, rank: Rank, where: Where | None
-) -> optax.GradientTransformationExtraArgs:
-    """One transformation for the kernels that `subspace` would project, and one for other leaves, without guards."""
+) -> Guarded:
+    """One transformation for the kernels that `subspace` would project, and one for other leaves, in one guard."""
     check_where(where)
-    kernels, others = map(without_guard, (kernels, others))
 
     def labels(tree: Any) -> Any:
         leaves, treedef, chosen = chosen_leaves(tree, Choice(rank, where))
         return treedef.unflatten(["kernel" if i in chosen else "ordinary" for i in range(len(leaves))])
 
-    return optax.partition({"kernel": kernels, "ordinary": others}, labels)
+    parts = {"kernel": without_guard(kernels), "ordinary": without_guard(others)}
+    return skip_not_finite(optax.partition(parts, labels), limit_of(kernels, others))
 
 
 def over_kernels(

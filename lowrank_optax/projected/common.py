@@ -16,10 +16,15 @@ Schedule = float | jax.Array | Callable[[Any], Any]
 Mask = Any | Callable[[Any], Any] | None
 
 
+def is_zero(x: Number) -> bool:
+    """Whether x is known to be zero, so that no array need be made for it."""
+    return isinstance(x, float | int) and x == 0
+
+
 def optimizer(learning_rate: Schedule, weight_decay: Number, mask: Mask, *pieces: Any) -> Guarded:
     """The pieces with decoupled weight decay and the learning rate; a step that is not finite is skipped by all."""
-    none = isinstance(weight_decay, float | int) and weight_decay == 0  # without reading the weights
-    decay = optax.identity() if none else optax.add_decayed_weights(weight_decay, mask)
+    # A decay of zero would still read the weights.
+    decay = optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay, mask)
     return chain_in_one_guard(*pieces, decay, optax.scale_by_learning_rate(learning_rate))
 
 

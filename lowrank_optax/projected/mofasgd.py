@@ -12,7 +12,7 @@ from lowrank_optax import linalg
 from lowrank_optax.axes import Rank, Where
 from lowrank_optax.guard import skip_not_finite
 from lowrank_optax.projected.apart import kernels_and_others, numbers, over_kernels, start_kernels
-from lowrank_optax.projected.common import Mask, Number, Schedule, optimizer
+from lowrank_optax.projected.common import Mask, Number, Schedule, is_zero, optimizer
 from lowrank_optax.projected.kernel import over
 from lowrank_optax.projected.leaves import Leaf
 
@@ -109,7 +109,7 @@ def scale_by_factored_momentum(
             held = linalg.held(ahead.s, max(g.shape))
             size = jnp.ones_like(ahead.s) if reciprocal is None else 1 / jnp.maximum(ahead.s, 1 / reciprocal)
             direction = (ahead.U * jnp.where(held, size, 0)[None]) @ ahead.V.T
-            if not (isinstance(outside, float | int) and outside == 0):
+            if not is_zero(outside):
                 at = jax.tree.map(lambda x, y: jnp.where(fresh, x, y), new, m) if old_bases else new
                 rest = g - at.U @ (at.U.T @ g)
                 direction = direction + outside * (rest - (rest @ at.V) @ at.V.T)

@@ -35,16 +35,15 @@ def every(period: int | jax.Array, stagger: bool = False, offset: int = 0) -> Re
 
     Args:
       period: number of steps.
-      offset: the number of the first of these steps, where the very first step has number 0 and makes a basis anyway.
-        Code that counts steps from 1 and refreshes when `period` divides the number has `offset=period - 1`.
       stagger: whether kernels take turns: kernel i of n at the steps whose number has the remainder
         `i * period // n`. No step then has to compute all bases, and none takes much longer than another.
+      offset: the first of these steps, counted from 0; the very first step makes a basis anyway. Code that counts from
+        1 and refreshes where `period` divides the count has `offset=period - 1`.
 
     Example:
       >>> import lowrank_optax as lro
       >>> refresh = lro.refresh.every(200, stagger=True)
     """
-
     if not isinstance(period, jax.Array | np.ndarray) and not (isinstance(period, int | np.integer) and period >= 1):
         raise ValueError(f"a period is a number of steps, an int of at least 1, got {period!r}")
 

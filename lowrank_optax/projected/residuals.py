@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax import linalg
+from lowrank_optax.projected import common
 
 
 class Projection(NamedTuple):
@@ -65,7 +66,7 @@ def sgd(scale: float | jax.Array = 1.0, of: str = "residual", leak: float | jax.
       leak: weight of the part of the first moment that a change of basis dropped, see `feedback`.
     """
     _check_of(of)
-    drops = not _is_zero(leak)
+    drops = not common.is_zero(leak)
 
     def apply(state: Any, at: Projection) -> tuple[Any, Any]:
         direction = scale * (at.gradient if of == "gradient" else at.outside())
@@ -143,7 +144,7 @@ def feedback(keep: float | jax.Array = 0.0, leak: float | jax.Array = 0.0, dtype
     References:
       Robert et al., LDAdam, `arXiv:2410.16103 <https://arxiv.org/abs/2410.16103>`_, 2024, algorithm 1.
     """
-    drops = not _is_zero(leak)
+    drops = not common.is_zero(leak)
 
     def apply(state: jax.Array, at: Projection) -> tuple[None, jax.Array]:
         error = _rest(at, keep)
@@ -159,14 +160,9 @@ def feedback(keep: float | jax.Array = 0.0, leak: float | jax.Array = 0.0, dtype
 
 def _rest(at: Projection, share: float | jax.Array) -> jax.Array:
     """The part outside and a share of the part inside."""
-    if _is_zero(share):
+    if common.is_zero(share):
         return at.outside()
     return at.outside() + share * at.inside()
-
-
-def _is_zero(x: float | jax.Array) -> bool:
-    """Whether x is known to be zero, so that no array need be made for it."""
-    return isinstance(x, float | int) and x == 0
 
 
 def _check_of(of: str) -> None:

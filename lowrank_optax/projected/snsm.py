@@ -10,7 +10,7 @@ import optax
 
 from lowrank_optax import linalg
 from lowrank_optax.axes import Rank, Where
-from lowrank_optax.guard import chain_in_one_guard, skip_not_finite, without_guard
+from lowrank_optax.guard import chain_in_one_guard, limit_of, skip_not_finite, without_guard
 from lowrank_optax.projected import pieces, projectors, residuals
 from lowrank_optax.projected.apart import kernels_and_others, numbers, over_kernels, start_kernels
 from lowrank_optax.projected.common import Mask, Number, Schedule, optimizer, with_defaults
@@ -58,7 +58,7 @@ def scale_by_subset_norm(
     References:
       Nguyen, Nguyen, `arXiv:2411.07120 <https://arxiv.org/abs/2411.07120>`_, 2024, algorithm 1.
     """
-    inner = optax.with_extra_args_support(without_guard(inner))
+    limit, inner = limit_of(inner), optax.with_extra_args_support(without_guard(inner))
 
     def init(params: Any) -> SubsetNormState:
         def start(leaf: Leaf, x: Any) -> jax.Array:
@@ -76,7 +76,7 @@ def scale_by_subset_norm(
         updates = jax.tree.map(lambda x, root: (x / root).astype(x.dtype), numerators, roots)
         return updates, SubsetNormState(inner_state, nu)
 
-    return skip_not_finite(optax.GradientTransformationExtraArgs(init, update))
+    return skip_not_finite(optax.GradientTransformationExtraArgs(init, update), limit)
 
 
 def snsm(

@@ -128,6 +128,19 @@ def test_a_step_that_is_not_finite_leaves_no_trace(name):
             np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.parametrize("name", [case for case in EACH if case.values != ("mofasgd",)])
+def test_the_limit_of_skips_is_that_of_the_whole_method(name):
+    tx, tree = CASES[name](0.1, where=where, max_consecutive_skips=1), params()
+    grads, update = jax.grad(loss)(tree), jax.jit(tx.update)
+    state = tx.init(tree)
+    bad = {**grads, "bias": grads["bias"] * jnp.nan}
+    seen = []
+    for _ in range(2):
+        updates, state = update(bad, state, tree)
+        seen.append(bool(jnp.isnan(updates["bias"]).all()))
+    assert seen == [False, True]
+
+
 @pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize(
     "tree", [{}, {"bias": jnp.ones(3)}, {"kernel": jnp.ones((6, 5))}], ids=lambda tree: str([*tree])
