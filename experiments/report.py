@@ -251,6 +251,8 @@ def block(words: str, folder: Path) -> str:
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     runs = [{**run, "settings": {**defaults, **run["settings"]}} for run in read(path)]
     rows = select(runs, options, labels.split(",") if labels else None)
+    if len(data := {run["data"] for row in rows for run in row.all}) > 1:
+        sys.exit(f"block {words!r}: runs on different data do not compare: {sorted(data)}")
     parts = []
     name = " ".join([experiment, *(f"{k} {v}" for k, v in options.items())])
     drawn = [row for row in rows if row.label in lines.split(",")] if lines else rows

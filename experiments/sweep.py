@@ -140,8 +140,8 @@ class Sweep:
     def __init__(self, store: Store, pin: bool, fixed: bool) -> None:
         self.store, self.pin, self.fixed = store, pin, fixed
 
-    def run(self, candidate: Candidate, lr: float, seed: int) -> float:
-        """The final validation loss of one run, from the store if it is there."""
+    def run(self, candidate: Candidate, lr: float, seed: int) -> dict[str, Any]:
+        """The line of one run, from the store if it is there."""
         config = dataclasses.replace(candidate.config, lr=float(f"{lr:.6g}"), seed=seed)
         settings = {k: v for k, v in vars(config).items() if k not in NOT_SETTINGS}
         defaults = {f.name: f.default for f in dataclasses.fields(config) if f.name in settings}
@@ -155,7 +155,7 @@ class Sweep:
                     raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
                 found = summarise(candidate.label, settings, Path(folder) / f"{config.method}.jsonl")
                 self.store.add(found)
-        return final(found)
+        return found
 
     def _pinned(self) -> list[str]:
         """The prefix that keeps a run to the core of its worker: two runs on a core each beat one on two cores."""
@@ -169,7 +169,8 @@ class Sweep:
         """Tune one candidate and repeat its best; returns a line about it."""
         label, config = candidate.label, candidate.config
         lr = config.lr or config.tuned.get(label, config.learning_rate(config.method))
-        tried = {lr: self.run(candidate, lr, seeds[0])}
+        runs = [self.run(candidate, lr, seeds[0])]
+        tried = {lr: final(runs[0])}
         while True:
             # The first of equals, so that a flat search ends; of those that diverged the smallest, to go down from.
             best = min(tried, key=lambda x: (tried[x], x if math.isinf(tried[x]) else 0))
@@ -181,8 +182,12 @@ class Sweep:
             )
             if not missing:
                 break
-            tried[missing[0]] = self.run(candidate, missing[0], seeds[0])
-        values = [self.run(candidate, best, seed) for seed in seeds]
+            runs.append(self.run(candidate, missing[0], seeds[0]))
+            tried[missing[0]] = final(runs[-1])
+        repeated = [self.run(candidate, best, seed) for seed in seeds]
+        if len(data := {run["data"] for run in (*runs, *repeated)}) > 1:  # files that have changed since
+            raise RuntimeError(f"{label}: runs on different data do not compare, drop those of one: {sorted(data)}")
+        values = [final(run) for run in repeated]
         grid = ", ".join(f"{x:g}: {tried[x]:.4g}" for x in sorted(tried))
         return f"{label}: {statistics.mean(values):.4f} at {best:g}, seeds {values} (grid {grid})"
 

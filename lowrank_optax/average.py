@@ -10,7 +10,7 @@ import optax
 
 from lowrank_optax import linalg
 from lowrank_optax import manifold as mf
-from lowrank_optax.boxes import unboxed
+from lowrank_optax.boxes import unwrapped
 from lowrank_optax.layout import map_kernel
 from lowrank_optax.lowrank import LowRank, is_lowrank
 
@@ -46,9 +46,9 @@ def incremental_update(new: Any, old: Any, step_size: float | jax.Array) -> Any:
         if is_lowrank(a):
             t = jnp.broadcast_to(jnp.asarray(step_size), b.stack_shape)
             return map_kernel(_mean, b, a, t, width=max(a.width, b.width))
-        return optax.incremental_update(a, b, step_size).astype(b.dtype)
+        return jnp.asarray(optax.incremental_update(a, b, step_size), jnp.result_type(b))
 
-    (new, _), (old, rebox) = map(unboxed, (new, old))
+    (new, _), (old, rebox) = map(unwrapped, (new, old))
     return rebox(jax.tree.map(one, new, old, is_leaf=is_lowrank))
 
 

@@ -10,7 +10,7 @@ import optax
 
 from lowrank_optax import linalg
 from lowrank_optax import manifold as mf
-from lowrank_optax.boxes import unboxed
+from lowrank_optax.boxes import unwrapped
 from lowrank_optax.checks import check_gradients
 from lowrank_optax.geometry import Tangent
 from lowrank_optax.layout import map_kernel
@@ -76,7 +76,7 @@ def project_to_tangent() -> optax.GradientTransformationExtraArgs:
 
     def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del extra_args
-        (params, rebox), (grads, _) = map(unboxed, (params, grads))
+        (params, rebox), (grads, _) = map(unwrapped, (params, grads))
         check_gradients(grads, params)
         return rebox(_map_kernels(lambda W, g: map_kernel(_triple, W, g), params, grads)), state
 
@@ -112,7 +112,7 @@ def retract(retraction: Literal["svd", "bug"] = "svd") -> optax.GradientTransfor
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del extra_args
-        (params, rebox), (updates, _) = map(unboxed, (params, updates))
+        (params, rebox), (updates, _) = map(unwrapped, (params, updates))
         check_gradients(updates, params)
         return rebox(_map_kernels(move, params, updates)), state
 
@@ -177,7 +177,7 @@ def tangent_norm(params: Any, grads: Any) -> jax.Array:
       >>> round(float(lro.tangent_norm(params, jax.grad(loss)(params))), 4) == round(13**0.5, 4)
       True
     """
-    params, grads = (unboxed(tree)[0] for tree in (params, grads))
+    params, grads = (unwrapped(tree)[0] for tree in (params, grads))
     check_gradients(grads, params)
 
     def norm(W: Any, g: Any) -> jax.Array:

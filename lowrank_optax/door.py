@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.boxes import unboxed, unwrapped
+from lowrank_optax.boxes import unwrapped
 from lowrank_optax.checks import arrays_of, check_gradients, check_kernels, check_moments, check_state
 from lowrank_optax.geometry import Geometry
 from lowrank_optax.guard import skip_not_finite
@@ -98,7 +98,7 @@ class Door:
 
     def update(self, make: Make, grads: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> Any:
         """A step of `make(inner, layout)`, a transformation of groups. It gets extra arguments unchanged."""
-        (grads, _), (state, rebox_state), (params, rebox) = map(unboxed, (grads, state, params))
+        (grads, _), (state, rebox_state), (params, rebox) = map(unwrapped, (grads, state, params))
         check_gradients(grads, params)
         layout = Layout(params, self._geometry, self._alike)
         check_state(layout, self._moments, getattr(state, "inner_state", state), self._kind)

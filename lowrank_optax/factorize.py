@@ -103,8 +103,7 @@ def factorize(
         axes = split_axes(name, shape, where, rank)
         if axes is None:
             return box
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(f"{name!r} has dtype {jnp.result_type(leaf)}: only floating kernels are factored")
+        _check_kernel(name, leaf)
         chosen += 1
         limit = min(matrix_shape(shape, axes))
         r = rank_number(rank, name, shape, limit)
@@ -129,6 +128,18 @@ def factorize(
             f"and found {seen[:5]}; choose a smaller rank, or other leaves with where=lambda path, shape: ..."
         )
     return out
+
+
+def _check_kernel(name: str, leaf: Any) -> None:
+    """Raises for a leaf that has no truncated SVD in its own dtype."""
+    dtype = jnp.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
+        raise ValueError(f"{name!r} has dtype {dtype}: only floating kernels of 16 bits or more are factored")
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{name!r} is a shape and no array: jax.eval_shape(lambda params: lro.factorize(params, rank), shapes) "
+            "gives the shapes of factors"
+        )
 
 
 def _kernel_axes(parameters: dict[str, Any], where: Where | None) -> dict[str, Axes]:

@@ -18,6 +18,7 @@ from lowrank_optax.guard import MOST_SKIPS
 from lowrank_optax.inner import kernel_labels
 from lowrank_optax.layout import map_coordinates
 from lowrank_optax.optimize import BALANCED, fixed_rank
+from lowrank_optax.rank import check_int
 
 ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
 Mask = Any | Callable[[Any], Any] | None
@@ -221,7 +222,7 @@ def lowrank_muon(
         `optax.contrib.muon` for dense kernels, whatever the rank; with `Coefficient` at twice that step size.
       beta: decay of the momentum.
       nesterov: whether to use Nesterov's momentum.
-      ns_steps: Newton-Schulz iterations.
+      ns_steps: Newton-Schulz iterations, an int: list it in `static_args` of `inject_hyperparams`.
       mu_dtype: dtype of the momentum; default the wider one of float32 and the dtype of the parameters.
       weight_decay: decoupled decay of the kernels, times the step size.
       mask: leaves to decay.
@@ -261,12 +262,13 @@ def scale_by_polar_factor(ns_steps: int = 5) -> optax.GradientTransformation:
     r"""Replaces a direction by its polar factor times :math:`\sqrt{\max(1, n / m)}`; for use inside `fixed_rank`.
 
     Args:
-      ns_steps: Newton-Schulz iterations.
+      ns_steps: Newton-Schulz iterations, an int.
 
     Returns:
       A stateless transformation.
 
     Raises:
+      TypeError: for `ns_steps` that is no int, as from `inject_hyperparams` without `static_args=("ns_steps",)`.
       ValueError: from `update`, at leaves that are no coordinates of kernels.
 
     Example:
@@ -274,6 +276,8 @@ def scale_by_polar_factor(ns_steps: int = 5) -> optax.GradientTransformation:
       >>> muon = optax.chain(lro.scale_by_polar_factor(), optax.scale(-0.02))
       >>> tx = lro.fixed_rank(optax.partition({"kernel": muon, "ordinary": optax.sgd(0.1)}, lro.kernel_labels))
     """
+
+    check_int("ns_steps", ns_steps)
 
     def one(x: Any) -> Any:
         if isinstance(x, optax.MaskedNode):

@@ -182,9 +182,10 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_int(name: str, value: Any) -> None:
-    """Raises TypeError for anything but an int."""
+    """Raises TypeError for anything but an int; `inject_hyperparams` makes arrays of ints."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} is an int, got {value!r}")
+        hint = f': name it, inject_hyperparams(..., static_args=("{name}",))' if isinstance(value, jax.Array) else ""
+        raise TypeError(f"{name} is an int, got {value!r}{hint}")
 
 
 def relative_tail(sigma: jax.Array, rank: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from lowrank_optax.geometry import Info, geometry_of, is_coordinates
 from lowrank_optax.layout import map_kernel, map_numbers
 from lowrank_optax.lowrank import LowRank, is_lowrank
 from lowrank_optax.paths import path_name
-from lowrank_optax.rank import relative_tail
+from lowrank_optax.rank import check_int, relative_tail
 
 
 class _Move(NamedTuple):
@@ -190,10 +190,12 @@ def _turned_gradient(grads: LowRank, old: LowRank, new: LowRank) -> LowRank:
     return LowRank(grads.U @ P, P.T @ grads.S @ Q, grads.V @ Q)
 
 
-def buckets(params: Any, size: int = 8, *, max_rank: Rank | None = None) -> Callable[[str, tuple[int, ...]], int]:
+def buckets(
+    params: Any, size: int = 8, *, max_rank: Rank | None = None, room: int = 1
+) -> Callable[[str, tuple[int, ...]], int]:
     r"""Widths for `resize` that follow the active ranks in multiples of `size`, so that few shapes are compiled.
 
-    A kernel of rank k and width w gets the first of these widths that applies, where
+    A kernel of width w whose rank is k / `room` gets the first of these widths that applies, where
     :math:`\lceil k \rceil` is the next multiple of `size`, cut to `max_rank`:
 
     .. math::
@@ -207,11 +209,15 @@ def buckets(params: Any, size: int = 8, *, max_rank: Rank | None = None) -> Call
 
     Args:
       params: a tree with `LowRank` nodes.
-      size: distance of the widths.
+      size: distance of the widths, at least 1.
       max_rank: largest width, of the forms that `factorize` takes. Default: min(m, n).
+      room: least width in ranks. Default 1; 2 for a state of `galerkin`, whose bases need twice the rank.
 
     Returns:
       A callable for the argument `rank` of `resize`.
+
+    Raises:
+      TypeError, ValueError: for a `size` or `room` that is no int of at least 1.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -220,9 +226,13 @@ def buckets(params: Any, size: int = 8, *, max_rank: Rank | None = None) -> Call
       >>> params["kernel"].width
       16
     """
+    for name, number in (("size", size), ("room", room)):
+        check_int(name, number)
+        if number < 1:
+            raise ValueError(f"{name} is at least 1, got {number}")
     leaves = jax.tree_util.tree_leaves_with_path(unboxed(params)[0], is_leaf=is_lowrank)
     kernels = {path_name(path): W for path, W in leaves if is_lowrank(W)}
-    active = {name: max(1, int(jnp.max(rank))) for name, rank in ranks(params).items()}
+    active = {name: room * max(1, int(jnp.max(rank))) for name, rank in ranks(params).items()}
 
     def width(name: str, shape: tuple[int, ...]) -> int:
         F, k = jax.eval_shape(lambda W: W.flatten(), kernels[name]), active[name]

@@ -179,7 +179,7 @@ def trion(
       learning_rate: h, a number or a schedule.
       rank: r, the number of coefficients.
       momentum: mu.
-      ns_steps: Newton-Schulz iterations, an int that no `inject_hyperparams` may trace.
+      ns_steps: Newton-Schulz iterations, an int: list it in `static_args` of `inject_hyperparams`.
       weight_decay: decoupled decay, times the learning rate.
       mask: leaves to decay.
       **options: of `lowrank_optax.subspace`; `ordinary`, the transformation of other leaves, is

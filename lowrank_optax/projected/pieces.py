@@ -10,6 +10,7 @@ import optax
 
 from lowrank_optax import linalg
 from lowrank_optax.projected.moving import normalized_rows
+from lowrank_optax.rank import check_int
 
 
 def scale_by_plain_adam(
@@ -124,4 +125,5 @@ def polar() -> optax.GradientTransformation:
 
 def newton_schulz(steps: int = 5) -> optax.GradientTransformation:
     """Coordinates are replaced by an approximate polar factor, see `lowrank_optax.linalg.newton_schulz`."""
+    check_int("ns_steps", steps)
     return of_matrices(lambda x: linalg.newton_schulz(x, steps))

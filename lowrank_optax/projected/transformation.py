@@ -12,7 +12,7 @@ import optax
 
 from lowrank_optax import linalg
 from lowrank_optax.axes import Rank, Where
-from lowrank_optax.boxes import unboxed, unwrapped
+from lowrank_optax.boxes import unwrapped
 from lowrank_optax.checks import arrays_of
 from lowrank_optax.guard import MOST_SKIPS, Guarded, check_guarded, guarded, is_finite, let_through, unskipped
 from lowrank_optax.layout.mesh import Mesh
@@ -253,7 +253,7 @@ class _Loop:
 
     def _step(self, grads: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any, jax.Array]:
         """Updates, the new state, and whether all is finite."""
-        (grads, rebox), (state, rebox_state), (params, _) = map(unboxed, (grads, state, params))
+        (grads, rebox), (state, rebox_state), (params, _) = map(unwrapped, (grads, state, params))
         method = self._method
         leaves, treedef, chosen = chosen_leaves(grads, method)
         weights = None if params is None else treedef.flatten_up_to(params)

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import config, footprint, run
 from experiments.config import ConfigError, parse
-from experiments.sweep import Store, Sweep, filed
+from experiments.sweep import Store, Sweep, filed, final
 from experiments.sweep import main as sweep
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ def test_a_file_says_its_command_its_time_and_the_result_of_the_record(file: Pat
     assert len(settings.methods) == 1 and settings.seed == 0 and settings.lr
     sweep = Sweep(Store(ROOT / "results" / f"{settings.name}.jsonl"), pin=False, fixed=True)
     sweep.store.add = None  # type: ignore[assignment] # all of its runs are in the record
-    losses = [sweep.run(filed(str(file), []), settings.lr, seed) for seed in range(3)]
+    losses = [final(sweep.run(filed(str(file), []), settings.lr, seed)) for seed in range(3)]
     (expected,) = re.findall(r"loss of (\d\.\d{3}) nats", text)
     assert f"{statistics.mean(losses):.3f}" == expected
 

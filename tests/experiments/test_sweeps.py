@@ -19,7 +19,7 @@ def run(label: str, lr: float, seed: int, loss: float | None, steps: int = 10) -
     settings = {"method": label.split(":")[0], "lr": lr, "seed": seed, "steps": 10, "geometry": "", "rank": 4}
     settings |= dict(pair.split("=") for pair in label.split(":")[1:])
     curve = [[0, 5.0], [5, 3.0], [steps, loss]]
-    kept = {"parameters": 1000, "state_bytes": 800, "unit": "nats", "device": "cpu"}
+    kept = {"parameters": 1000, "state_bytes": 800, "data": "bytes", "unit": "nats", "device": "cpu"}
     return {"label": label, **kept, "settings": settings, "curve": curve, "step_ms": 1.0}
 
 
@@ -30,9 +30,9 @@ class Fake(Sweep):
         super().__init__(None, pin=False, fixed=fixed)  # type: ignore[arg-type]
         self.loss, self.calls = loss, []
 
-    def run(self, candidate: Candidate, lr: float, seed: int) -> float:
+    def run(self, candidate: Candidate, lr: float, seed: int) -> dict[str, Any]:
         self.calls.append((lr, seed))
-        return self.loss(lr)
+        return run(candidate.label, lr, seed, self.loss(lr))
 
 
 FULL = named("pretrain", "full", [])
@@ -60,6 +60,22 @@ def test_search_goes_down_from_divergence_and_may_be_left_out() -> None:
     sweep = Fake(lambda lr: lr, fixed=True)
     sweep.search(named("pretrain", "full:lr=0.5", []), [0, 1])
     assert set(sweep.calls) == {(0.5, 0), (0.5, 1)}
+
+
+def test_runs_on_different_data_are_not_compared(tmp_path: Path) -> None:
+    """The files of a corpus, such as the source code of this library, may change between two runs."""
+
+    class Changed(Fake):
+        def run(self, candidate: Candidate, lr: float, seed: int) -> dict[str, Any]:
+            return super().run(candidate, lr, seed) | {"data": "older bytes" if seed else "bytes"}
+
+    with pytest.raises(RuntimeError, match=r"full: runs on different data .*'older bytes'"):
+        Changed(lambda lr: lr, fixed=True).search(FULL, [0, 1])
+    runs = [run("full", 0.1, 0, 1.0), run("factors", 0.1, 0, 1.0) | {"data": "older bytes"}]
+    (tmp_path / "pretrain.jsonl").write_text("".join(json.dumps(r) + "\n" for r in runs))
+    assert report.block("pretrain labels=full", tmp_path)
+    with pytest.raises(SystemExit, match="different data"):
+        report.block("pretrain steps=10", tmp_path)
 
 
 def test_store_keeps_runs_and_finds_them_again(tmp_path: Path) -> None:

@@ -70,3 +70,11 @@ def test_incremental_update_averages_kernels():
     flipped = lro.LowRank(-W.U, W.S, -W.V)
     again = lro.incremental_update({"kernel": flipped}, {"kernel": W}, 0.5)
     np.testing.assert_allclose(again["kernel"].to_dense(), W.to_dense(), **EXACT)
+
+
+def test_python_numbers_are_averaged_too():
+    """A count or a scale that somebody keeps among the parameters."""
+    mean = lro.incremental_update(
+        {"scale": 3.0, "offset": np.float32(2)}, {"scale": 1.0, "offset": np.float32(4)}, 0.25
+    )
+    assert {name: float(x) for name, x in mean.items()} == {"scale": 1.5, "offset": 3.5}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -76,6 +78,13 @@ def test_buckets_by_hand(rank: int, width: int, expected: int) -> None:
     wide, _ = lro.resize(params, None, lro.buckets(params))
     assert wide["a"]["kernel"].width == expected
     assert lro.buckets(wide)("a/kernel", (40, 40)) == expected  # once is enough
+
+
+@pytest.mark.parametrize("name", ["size", "room"])
+@pytest.mark.parametrize(("number", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_buckets_of_no_size_are_refused(name: str, number: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=name):
+        lro.buckets({"kernel": kernel()}, **{name: number})
 
 
 def test_resize_to_the_same_width_changes_no_bit() -> None:

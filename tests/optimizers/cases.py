@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 
 import lowrank_optax as lro
 
@@ -82,3 +83,8 @@ def signature(tree):
     """The properties that never change: structure, shapes, dtypes, weak types."""
     leaves, treedef = jax.tree.flatten(tree)
     return treedef, [(tuple(x.shape), jnp.dtype(x.dtype), bool(x.weak_type)) for x in leaves]
+
+
+def in_variables(params):
+    """The tree as `nnx.state` gives it: a variable around every array and around every kernel."""
+    return nnx.State(jax.tree.map(nnx.Param, params, is_leaf=lro.is_lowrank))

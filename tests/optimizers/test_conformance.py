@@ -16,7 +16,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from tests.optimizers.cases import CASES, INNER, names, signature, small, small_loss
+from tests.optimizers.cases import CASES, INNER, in_variables, names, signature, small, small_loss
 
 # --- one step -------------------------------------------------------------------------
 
@@ -64,6 +64,25 @@ def test_preserves_structure_shapes_and_dtypes(name, dtype):
         updates, new = jax.eval_shape(wrapped.update, grads, state, params)
         assert signature(updates) == signature(params)
         assert signature(new) == signature(state)
+
+
+@pytest.mark.parametrize("name", names("adam", "adam-galerkin", "muon", "riemannian-sgd"))
+def test_takes_variables_of_nnx(name):
+    """`nnx.state(model)` holds variables around the arrays; updates come in variables too."""
+    tx, params = CASES[name](0.01), in_variables(small())
+    state = jax.eval_shape(tx.init, params)
+    updates, new = jax.eval_shape(tx.update, params, state, params)
+    assert signature(updates) == signature(params)
+    assert signature(new) == signature(state)
+
+
+def test_variables_of_nnx_change_no_number():
+    tx, params = lro.lowrank_adam(0.01), small()
+    grads = jax.grad(small_loss)(params)
+    expected, _ = tx.update(grads, tx.init(params), params)
+    variables = in_variables(params)
+    updates, _ = tx.update(in_variables(grads), tx.init(variables), variables)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(updates), jax.tree.leaves(expected))
 
 
 @pytest.mark.slow

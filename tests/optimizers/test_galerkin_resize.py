@@ -37,6 +37,14 @@ def test_a_width_without_room_is_refused(rank):
         lro.resize(params, state, rank)
 
 
+def test_buckets_leave_the_room_that_they_are_told():
+    params, _, state = start(4)
+    with pytest.raises(ValueError, match="twice the rank"):
+        lro.resize(params, state, lro.buckets(params, 1))
+    new, _ = lro.resize(params, state, lro.buckets(params, 1, room=2))
+    assert new["kernel"].width == 5  # twice the rank and one to grow
+
+
 @pytest.mark.parametrize("rank", [None, 4, 6, 8])
 def test_a_resize_inside_a_loop_is_refused_and_between_loops_changes_nothing(rank):
     params, tx, state = start(6)

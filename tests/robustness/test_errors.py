@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,10 +98,38 @@ def test_factorize_a_rank_that_no_kernel_allows():
         lro.factorize({"kernel": jnp.ones((6, 5))}, 64)
 
 
-@pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64])
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64, jnp.float8_e4m3fn, jnp.float8_e5m2])
 def test_factorize_only_floating_kernels(dtype):
     with pytest.raises(ValueError, match=r"'kernel' has dtype \w+: only floating kernels"):
         lro.factorize({"kernel": jnp.ones((6, 5), dtype)}, 2)
+
+
+@pytest.mark.parametrize("options", [{"rank": 2}, {"budget": 0.9}])
+def test_factorize_takes_shapes_inside_eval_shape_alone(options):
+    shapes = {"kernel": jax.ShapeDtypeStruct((60, 50), jnp.float32)}
+    with pytest.raises(TypeError, match=r"'kernel' is a shape and no array: jax\.eval_shape"):
+        lro.factorize(shapes, **options)
+    assert lro.is_lowrank(jax.eval_shape(lambda params: lro.factorize(params, **options), shapes)["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("make", "kernel"),
+    [
+        (lro.lowrank_muon, lro.factorize({"kernel": jnp.eye(6)}, 2)["kernel"]),
+        (functools.partial(lro.trion, rank=2), jnp.eye(6)),
+    ],
+)
+def test_iterations_that_inject_hyperparams_would_trace(make, kernel):
+    """`ns_steps` unrolls a loop, so an array is refused when the optimizer is made, and works where it is named."""
+
+    def build(learning_rate, ns_steps=5):
+        return make(learning_rate=learning_rate, ns_steps=ns_steps)
+
+    params = {"kernel": kernel}
+    with pytest.raises(TypeError, match=r'ns_steps is an int, .*static_args=\("ns_steps",\)'):
+        optax.inject_hyperparams(build)(learning_rate=0.1).init(params)
+    tx = optax.inject_hyperparams(build, static_args=("ns_steps",))(learning_rate=0.1)
+    assert set(tx.init(params).hyperparams) == {"learning_rate"}
 
 
 def test_lowrank_init():

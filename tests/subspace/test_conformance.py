@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import lowrank_optax as lro
-from tests.optimizers.cases import signature
+from tests.optimizers.cases import in_variables, signature
 
 # Each with short periods, so that six steps meet refreshes.
 CASES = {
@@ -96,6 +96,16 @@ def test_compiles_once_with_extra_arguments_and_stable_state(name, caplog):
     assert (signature(tree), signature(state)) == before
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))
     assert loss(tree) < first
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_takes_variables_of_nnx(name):
+    """`nnx.state(model)` holds variables around the arrays; updates come in variables too."""
+    tx, tree = CASES[name](0.01, where=where), in_variables(params())
+    state = jax.eval_shape(tx.init, tree)
+    updates, new = jax.eval_shape(tx.update, tree, state, tree)
+    assert signature(updates) == signature(tree)
+    assert signature(new) == signature(state)
 
 
 @pytest.mark.parametrize("name", EACH)
