@@ -19,7 +19,7 @@ PYTEST = JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m pytest
 DOCTEST = XLA_FLAGS=--xla_backend_optimization_level=0 $(PYTEST) -n $(WORKERS) -q --doctest-modules lowrank_optax
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-fast lint format demo bench docs clean
+.PHONY: help install test test-fast lint format demo bench docs package clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,14 @@ docs: $(VENV)/.docs ## build the documentation site into docs/_build/html
 $(VENV)/.docs: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@
+
+package: $(STAMP) ## build sdist and wheel into dist/, check them, and install the wheel alone
+	@$(BIN)/python -m pip install --quiet build twine
+	rm -rf dist build/bare && $(BIN)/python -m build --outdir dist . >/dev/null
+	$(BIN)/python -m twine check --strict dist/*
+	@$(BIN)/python -m venv build/bare && build/bare/bin/python -m pip install --quiet dist/*.whl
+	cd build && bare/bin/python -c "import lowrank_optax as lro; print('the wheel is', lro.__version__)"
+	@rm -rf build/bare
 
 clean: ## remove environments, caches and builds
 	rm -rf .venv .venv-* build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
