@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from lowrank_optax.axes import Axes
+from lowrank_optax.lowrank import is_lowrank
 
 
 class Product(NamedTuple):
@@ -33,6 +34,11 @@ class Composed(Protocol):
 def is_composed(x: Any) -> bool:
     """Whether x is a kernel that says by itself how a layer multiplies with it."""
     return hasattr(type(x), "through")
+
+
+def is_kernel(x: Any) -> bool:
+    """Whether x is a kernel in another form than an array."""
+    return is_lowrank(x) or is_composed(x)
 
 
 def axes_of(W: Any) -> Axes:

@@ -14,7 +14,7 @@ from lowrank_optax.boxes import is_box
 from lowrank_optax.linalg import highest_precision, working_dtype
 from lowrank_optax.linen.serialization import register
 from lowrank_optax.lowrank import LowRank, is_lowrank
-from lowrank_optax.product import Product, is_composed, trailing_columns
+from lowrank_optax.product import Product, is_composed, is_kernel, trailing_columns
 
 Class = TypeVar("Class")
 
@@ -36,7 +36,7 @@ def array_fields(x: Any) -> tuple[str, ...]:
 
 def is_parameter(x: Any) -> bool:
     """Whether x is one parameter of the base, however many arrays it has: as `is_leaf` of its tree."""
-    return is_box(x) or is_lowrank(x) or is_composed(x)
+    return is_box(x) or is_kernel(x)
 
 
 class Change:

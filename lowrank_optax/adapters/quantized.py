@@ -12,9 +12,8 @@ from lowrank_optax.adapters.change import STATIC, Parts, is_parameter, node
 from lowrank_optax.axes import Axes, Where, check_where, matrix_shape, split_axes
 from lowrank_optax.boxes import closed, opened
 from lowrank_optax.linalg import working_dtype
-from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.paths import path_name
-from lowrank_optax.product import Product, is_composed
+from lowrank_optax.product import Product, is_kernel
 
 
 @node
@@ -141,7 +140,7 @@ def quantize(params: Any, *, bits: int = 8, group: int | None = None, where: Whe
     def one(path: Any, box: Any) -> Any:
         leaf = opened(box)
         shape = tuple(jnp.shape(leaf))
-        axes = None if is_lowrank(leaf) or is_composed(leaf) else split_axes(path_name(path), shape, where, 1)
+        axes = None if is_kernel(leaf) else split_axes(path_name(path), shape, where, 1)
         if axes is None:
             return box
         batch, (m, n) = shape[: axes.batch], matrix_shape(shape, axes)

@@ -13,9 +13,9 @@ from lowrank_optax import blocks, factors, lowrank
 from lowrank_optax.axes import Axes
 from lowrank_optax.boxes import unboxed
 from lowrank_optax.linen.where import declarations
-from lowrank_optax.lowrank import LowRank, is_lowrank
+from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.paths import path_name
-from lowrank_optax.product import axes_of, is_composed
+from lowrank_optax.product import axes_of, is_composed, is_kernel
 
 _ADVICE = (
     "lowrank_optax.factorize(params, rank, where=lowrank_optax.linen.kernels(model, *inputs)) reads the axes off the "
@@ -27,6 +27,8 @@ _COMPOSED_ADVICE = (
 )
 # Products whose errors concern shapes of activations, in modules written for LowRank parameters.
 _PRODUCTS = {"matmul", "dot_general"}
+# Errors that slices meet; an AssertionError comes from boxes whose first name is not that of the stack.
+_OF_SLICES = (TypeError, ValueError, IndexError, AssertionError, errors.ScopeParamShapeError)
 _FILES = {module.__file__ for module in (factors, lowrank, blocks)}
 
 
@@ -106,42 +108,40 @@ def _split(shape: tuple[int, ...], axes: Axes) -> str:
 
 
 def stacked_misfit(error: Exception, module: Any, method: str, args: Any, kwargs: Any) -> LayerError | None:
-    """The error of a kernel below, stacked by nn.scan or nn.vmap, whose stacked axis was taken for an input axis.
+    """The error of a kernel below that nn.scan or nn.vmap stacks otherwise than it is split.
 
-    Such factors have no first axis in common, so JAX refuses to slice them, or their layer meets odd slices. The axes
-    that the layer declares are found by a trace with dense kernels, which only this failure costs.
+    JAX refuses to slice such factors, or their layer meets odd slices. The axes that the layers declare are found by a
+    trace with dense kernels, which only this failure costs.
     """
-    sliced = isinstance(error, SlicedError)
-    known = isinstance(error, LayerError) and not sliced
-    if known or module.scope is None or not isinstance(error, TypeError | ValueError | AssertionError):
-        return None  # An AssertionError comes from boxes whose first name is not that of the stack.
+    known = isinstance(error, LayerError) and not isinstance(error, SlicedError)
+    if known or module.scope is None or not isinstance(error, _OF_SLICES):
+        return None
     params = unboxed(module.scope.variables().get("params", {}))[0]
-    leaves = jax.tree.leaves_with_path(params, is_leaf=is_lowrank)
-    suspects = {path_name(path): W for path, W in leaves if is_lowrank(W) and (sliced or _no_common_first_axis(W))}
-    if not suspects:
+    leaves = jax.tree.leaves_with_path(params, is_leaf=is_kernel)
+    kernels = {path_name(path): W for path, W in leaves if is_kernel(W)}
+    if not kernels:
         return None
 
     def run() -> Any:
         unbound, variables = module.unbind()
         dense = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype) if is_lowrank(x) else x,
+            lambda x: jnp.zeros(x.shape, x.dtype) if is_kernel(x) else x,
             unboxed(dict(variables))[0],
-            is_leaf=is_lowrank,
+            is_leaf=is_kernel,
         )
         rngs = {name: jax.random.key(0) for name in module.scope.rngs}
         return unbound.apply(dense, *args, method=method, rngs=rngs, mutable=True, **kwargs)
 
     try:
         declared, classes, _ = declarations(run)
-    except Exception:  # The model fails with dense kernels too: its own error stands.
+    except Exception:  # The model fails with dense kernels too, or its kernels are slices: a module above can say more.
         return None
-    for name, W in suspects.items():
-        axes = declared[name].axes_in(W.shape) if name in declared else ""
-        if isinstance(axes, Axes) and axes != axes_of(W):
-            owner = classes.get(name.rpartition("/")[0], type(module)).__name__
-            return misfit("/".join((*module.path, name)), owner, W, axes)
+    for name, W in kernels.items():
+        if name not in declared:
+            continue
+        path, axes = "/".join((*module.path, name)), declared[name].axes_in(W.shape)
+        if isinstance(axes, str):
+            return LayerError(f"the kernel {path!r} of shape {W.shape} has to stay dense: {axes}")
+        if axes != axes_of(W):
+            return misfit(path, classes.get(name.rpartition("/")[0], type(module)).__name__, W, axes)
     return None
-
-
-def _no_common_first_axis(W: LowRank) -> bool:
-    return len({x.shape[:1] for x in (W.U, W.S, W.V)}) > 1

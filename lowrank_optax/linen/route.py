@@ -14,8 +14,8 @@ from lowrank_optax.boxes import opened
 from lowrank_optax.linen import stock as stock  # registers Flax's own layers
 from lowrank_optax.linen.misfit import LayerError, misfit, refuse_normalized, refused, stacked_misfit
 from lowrank_optax.linen.registry import Layer, declared_axes, find, leaves_of, normalizer
-from lowrank_optax.lowrank import arithmetic_refused, is_lowrank
-from lowrank_optax.product import axes_of, is_composed
+from lowrank_optax.lowrank import arithmetic_refused
+from lowrank_optax.product import axes_of, is_kernel
 
 ADAPTERS = "adapters"  # the collection of changes of frozen kernels
 
@@ -114,11 +114,6 @@ def _intercept(next_fun: Any, args: Any, kwargs: Any, context: nn.module.Interce
         if error is None:
             raise
         raise error from e
-
-
-def is_kernel(x: Any) -> bool:
-    """Whether x is a kernel in another form than an array."""
-    return is_lowrank(x) or is_composed(x)
 
 
 def _attach_adapters(scope: Any) -> None:

@@ -338,6 +338,30 @@ def test_reasons_of_equations_and_of_stacked_kernels() -> None:
     assert "another axis than the first" in where.reasons["stacked/kernel"]
 
 
+class Across(nn.Module):
+    """Layers whose kernels are stacked along the second axis."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        layers = nn.scan(Step, variable_axes={"params": 1}, split_rngs={"params": True}, length=3)
+        return layers(lambda name: nn.Dense(8, name=name), "query", name="layers")(x, None)[0]
+
+
+@pytest.mark.parametrize("kind", [None, "lowrank", "lora", "dora", "loha", "fourier", "vera"])
+def test_kernels_stacked_along_another_axis_than_they_are_split_are_named(kind: str | None) -> None:
+    """Whatever form the kernel has, and whatever JAX or Flax say about its slices."""
+    model, x = Across(), jnp.ones((2, 8))
+    variables = {"params": model.init(jax.random.key(0), x)["params"]}
+    where = lambda path, shape: path.endswith("kernel") and lro.Axes(1, 1)  # noqa: E731
+    if kind is None:
+        variables["params"] = lro.factorize(variables["params"], 2, where=where)
+    else:
+        key, base = jax.random.key(1), variables["params"]
+        variables["params"], variables["adapters"] = lro.adapters.init(key, base, 2, kind=kind, where=where)
+    with pytest.raises(TypeError, match=r"'layers/query/kernel' of shape \(8, 3, 8\) .*another axis than the first"):
+        lro.linen.apply(model)(variables, x)
+
+
 class Normalized(nn.Module):
     norm: type[nn.Module]
 
