@@ -124,7 +124,7 @@ def _gap(row: Row, means: dict[str, float]) -> float | None:
     if pair is None or dead or method in pair or not all(name in means for name in pair):
         return None
     worst, best = (means[name] for name in pair)
-    return (worst - row.mean) / (worst - best)
+    return (worst - row.mean) / (worst - best) if worst > best else None  # else there is no gap to close
 
 
 def _named(row: Row, seeds: int) -> str:

@@ -128,6 +128,12 @@ def test_report_fills_its_blocks(tmp_path: Path) -> None:
     assert document.read_text() == text
 
 
+def test_no_gap_is_closed_where_full_rank_is_behind(tmp_path: Path) -> None:
+    runs = [run("full", 0.1, 0, 3.0), run("factors", 0.1, 0, 2.9), run("lowrank_adam", 0.1, 0, 2.0)]
+    (tmp_path / "pretrain.jsonl").write_text("".join(json.dumps(r) + "\n" for r in runs))
+    assert "gap closed" not in report.block("pretrain steps=10", tmp_path)
+
+
 def test_labels_become_words() -> None:
     assert in_words("lowrank_adam:blocks=16:rank=32:lr=0.012") == "low-rank Adam, 16 x 16 blocks, rank 32"
     assert in_words("full:d=64:init_scale=0.5") == "dense AdamW, width 64"
