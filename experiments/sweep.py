@@ -169,26 +169,25 @@ class Sweep:
         """Tune one candidate and repeat its best; returns a line about it."""
         label, config = candidate.label, candidate.config
         lr = config.lr or config.tuned.get(label, config.learning_rate(config.method))
-        runs = [self.run(candidate, lr, seeds[0])]
-        tried = {lr: final(runs[0])}
+        tried = {lr: self.run(candidate, lr, seeds[0])}
         while True:
             # The first of equals, so that a flat search ends; of those that diverged the smallest, to go down from.
-            best = min(tried, key=lambda x: (tried[x], x if math.isinf(tried[x]) else 0))
+            losses = {x: final(run) for x, run in tried.items()}
+            best = min(losses, key=lambda x: (losses[x], x if math.isinf(losses[x]) else 0))
             # A diverged best says to go down; else both neighbours are wanted.
-            wanted = [best / 2] if math.isinf(tried[best]) else [best / 2, best * 2]
+            wanted = [best / 2] if math.isinf(losses[best]) else [best / 2, best * 2]
             wanted = [float(f"{x:.6g}") for x in wanted]
             missing = (
                 [] if self.fixed else [x for x in wanted if not any(math.isclose(x, y, rel_tol=1e-3) for y in tried)]
             )
             if not missing:
                 break
-            runs.append(self.run(candidate, missing[0], seeds[0]))
-            tried[missing[0]] = final(runs[-1])
+            tried[missing[0]] = self.run(candidate, missing[0], seeds[0])
         repeated = [self.run(candidate, best, seed) for seed in seeds]
-        if len(data := {run["data"] for run in (*runs, *repeated)}) > 1:  # files that have changed since
+        if len(data := {run["data"] for run in (*tried.values(), *repeated)}) > 1:  # files that have changed since
             raise RuntimeError(f"{label}: runs on different data do not compare, drop those of one: {sorted(data)}")
         values = [final(run) for run in repeated]
-        grid = ", ".join(f"{x:g}: {tried[x]:.4g}" for x in sorted(tried))
+        grid = ", ".join(f"{x:g}: {losses[x]:.4g}" for x in sorted(losses))
         return f"{label}: {statistics.mean(values):.4f} at {best:g}, seeds {values} (grid {grid})"
 
 

@@ -68,10 +68,11 @@ def factorize(
       `nn.with_logical_partitioning`) gets a box around each factor, with the names of its axes.
 
     Raises:
-      TypeError: for arguments of another type, or unless either `rank` or `budget` is given.
-      ValueError: if the rank exceeds `min(m, n)` of a kernel chosen by `where`, if no kernel is left to
-        factor, if the axes of a kernel are ambiguous, or if the least ranks exceed the budget; the message says the
-        least share.
+      TypeError: for arguments of another type, for shapes in place of arrays, or unless either `rank` or `budget` is
+        given.
+      ValueError: for a kernel that is not of floats of 16 bits or more; if the rank exceeds `min(m, n)` of a kernel
+        chosen by `where`, if no kernel is left to factor, if the axes of a kernel are ambiguous, or if the least ranks
+        exceed the budget; the message says the least share.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro

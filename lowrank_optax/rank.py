@@ -184,7 +184,7 @@ def check_number(name: str, value: Any) -> None:
 def check_int(name: str, value: Any) -> None:
     """Raises TypeError for anything but an int; `inject_hyperparams` makes arrays of ints."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        hint = f': name it, inject_hyperparams(..., static_args=("{name}",))' if isinstance(value, jax.Array) else ""
+        hint = f': list it, inject_hyperparams(..., static_args=("{name}",))' if isinstance(value, jax.Array) else ""
         raise TypeError(f"{name} is an int, got {value!r}{hint}")
 
 

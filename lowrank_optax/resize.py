@@ -195,8 +195,8 @@ def buckets(
 ) -> Callable[[str, tuple[int, ...]], int]:
     r"""Widths for `resize` that follow the active ranks in multiples of `size`, so that few shapes are compiled.
 
-    A kernel of width w whose rank is k / `room` gets the first of these widths that applies, where
-    :math:`\lceil k \rceil` is the next multiple of `size`, cut to `max_rank`:
+    A kernel of width w gets the first of these widths that applies, where k is `room` times its rank and
+    :math:`\lceil k \rceil` the next multiple of `size`, cut to `max_rank`:
 
     .. math::
 
@@ -211,7 +211,8 @@ def buckets(
       params: a tree with `LowRank` nodes.
       size: distance of the widths, at least 1.
       max_rank: largest width, of the forms that `factorize` takes. Default: min(m, n).
-      room: least width in ranks. Default 1; 2 for a state of `galerkin`, whose bases need twice the rank.
+      room: how many times its rank a kernel must be wide. Default 1; 2 for a state of `galerkin`, whose bases move
+        within twice the rank.
 
     Returns:
       A callable for the argument `rank` of `resize`.

@@ -63,7 +63,8 @@ def flora(
       Hao, Cao, Mou, `arXiv:2402.03293 <https://arxiv.org/abs/2402.03293>`_, 2024, algorithm 2.
     """
     options = with_defaults(options, projector=projectors.gaussian(), carry="lift", scale=b1)
-    leak = 0.0 if with_present else b1  # U has all of P C of before a change of P
+    # Without the present gradient U has P C of the old P, whole, so the residual adds the part that a new P drops.
+    leak = 0.0 if with_present else b1
     residual = residuals.sgd(1 - b1, of="gradient", leak=leak)
     options = with_defaults(options, residual=residual, ordinary=optax.ema(b1, debias=False))
     inner = optax.ema(b1, debias=False) if with_present else pieces.delayed_ema(b1)
