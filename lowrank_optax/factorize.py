@@ -16,7 +16,7 @@ from lowrank_optax.boxes import boxed_dense, boxed_factors, is_box, opened, unbo
 from lowrank_optax.grids import Blocks, grid_of
 from lowrank_optax.layout import map_kernel
 from lowrank_optax.lowrank import LowRank, is_lowrank
-from lowrank_optax.paths import path_name, refuse_nnx
+from lowrank_optax.paths import path_name, refuse_nnx, refuse_shape
 from lowrank_optax.rank import check_number
 from lowrank_optax.share import at_budget, check_rank_or_budget
 from lowrank_optax.truncate import truncated_kernel
@@ -104,7 +104,8 @@ def factorize(
         axes = split_axes(name, shape, where, rank)
         if axes is None:
             return box
-        _check_kernel(name, leaf)
+        linalg.check_floating(name, leaf, "factored")
+        refuse_shape(name, leaf, "lro.factorize(params, rank)")
         chosen += 1
         limit = min(matrix_shape(shape, axes))
         r = rank_number(rank, name, shape, limit)
@@ -129,18 +130,6 @@ def factorize(
             f"and found {seen[:5]}; choose a smaller rank, or other leaves with where=lambda path, shape: ..."
         )
     return out
-
-
-def _check_kernel(name: str, leaf: Any) -> None:
-    """Raises for a leaf that has no truncated SVD in its own dtype."""
-    dtype = jnp.result_type(leaf)
-    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
-        raise ValueError(f"{name!r} has dtype {dtype}: only floating kernels of 16 bits or more are factored")
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        raise TypeError(
-            f"{name!r} is a shape and no array: jax.eval_shape(lambda params: lro.factorize(params, rank), shapes) "
-            "gives the shapes of factors"
-        )
 
 
 def _kernel_axes(parameters: dict[str, Any], where: Where | None) -> dict[str, Axes]:

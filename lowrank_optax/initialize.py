@@ -66,6 +66,7 @@ def lowrank_init(
             raise ValueError(
                 f"rank {r} (width {width}) does not fit a kernel of shape {shape} with min(m, n) = {min(m, n)}"
             )
+        linalg.check_floating("kernel", dtype, "drawn")
         work, batch = linalg.working_dtype(jnp.empty((), dtype)), shape[: split.batch]
         base_key, u_key, v_key = jax.random.split(key, 3)
         drawn: Any = base(base_key, shape, work)

@@ -22,6 +22,20 @@ def working_dtype(*arrays: Any) -> jnp.dtype:
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
+def is_floating(x: Any) -> bool:
+    """Whether an array, or a dtype, is of floats that JAX promotes to a working dtype: not of 8 bits or fewer."""
+    dtype = jnp.result_type(x)
+    return bool(jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16)
+
+
+def check_floating(name: str, x: Any, done: str) -> None:
+    """Raises ValueError for a kernel of other numbers; `done` says what would be done with it."""
+    if not is_floating(x):
+        raise ValueError(
+            f"{name!r} has dtype {jnp.result_type(x)}: only floating kernels of 16 bits or more are {done}"
+        )
+
+
 def all_finite(tree: Any) -> jax.Array:
     """Whether every value of a tree is finite; a tree without floating leaves is."""
     # By the largest absolute value, which is NaN if any value is: XLA makes many kernels of a reduction of booleans.

@@ -34,6 +34,15 @@ def listed(lines: list[str]) -> str:
     return "\n".join([*lines[:12], *more] or ["  none"])
 
 
+def refuse_shape(name: str, leaf: Any, call: str) -> None:
+    """Raises TypeError for a shape in the place of an array, which only `jax.eval_shape` gives to a function."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{name!r} is a shape and no array: jax.eval_shape(lambda params: {call}, shapes) gives the shapes of the "
+            "result"
+        )
+
+
 def refuse_nnx(params: Any, call: str, instead: str) -> None:
     """Raises TypeError for an nnx module, optimizer, or state of variables, where layers must change with parameters.
 

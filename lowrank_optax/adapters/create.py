@@ -33,9 +33,9 @@ from lowrank_optax.adapters.trees import nested
 from lowrank_optax.adapters.vblora import VBLoRA
 from lowrank_optax.axes import Axes, Rank, Where, check_where, matrix_shape, rank_number, split_axes
 from lowrank_optax.boxes import closed, opened
-from lowrank_optax.linalg import highest_precision, working_dtype
+from lowrank_optax.linalg import check_floating, highest_precision, working_dtype
 from lowrank_optax.lowrank import is_lowrank
-from lowrank_optax.paths import listed, path_name, refuse_nnx
+from lowrank_optax.paths import listed, path_name, refuse_nnx, refuse_shape
 from lowrank_optax.product import is_composed
 
 _CLASSES = (
@@ -239,8 +239,9 @@ def _request(
 ) -> Request:
     if is_lowrank(leaf):
         raise ValueError(f"{name!r} is factored: a change needs a dense kernel, which lowrank_optax.densify makes")
-    if not (is_composed(leaf) or jnp.issubdtype(leaf.dtype, jnp.floating)):
-        raise ValueError(f"{name!r} has dtype {leaf.dtype}: only floating kernels are changed")
+    if not is_composed(leaf):
+        check_floating(name, leaf, "changed")
+        refuse_shape(name, leaf, "lro.adapters.init(key, params, rank)")
     shape = tuple(leaf.shape)
     m, n = matrix_shape(shape, axes)
     r = rank_number(rank, name, shape, min(m, n))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from flax import nnx
 
 from lowrank_optax.axes import Axes, Rank, fits, matrix_shape, rank_number
+from lowrank_optax.linalg import is_floating
 from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.nnx.stock import declared
 
@@ -124,7 +124,7 @@ def _axes(variable: Any, used: list[tuple[str, Any]]) -> Axes | str:
     if not used:
         return "it belongs to a container and to no layer"
     value = variable.get_raw_value()
-    if not is_lowrank(value) and not jnp.issubdtype(value.dtype, jnp.floating):
+    if not is_lowrank(value) and not is_floating(value):
         return f"its dtype is {value.dtype}"
     answers: list[Axes | str] = []
     for attribute, module in used:

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_optax.axes import Axes, Rank, Where, matrix_shape, rank_number, split_axes
 from lowrank_optax.layout.mesh import spec
-from lowrank_optax.linalg import working_dtype
+from lowrank_optax.linalg import check_floating, working_dtype
 from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.paths import path_name
 from lowrank_optax.sharding import joined
@@ -143,8 +143,7 @@ def chosen_leaves(tree: Any, method: Any, warn: bool = False) -> tuple[list[Any]
         leaf = _chosen(tuple(path), name, tuple(jnp.shape(x)), *options)
         if leaf is None:
             continue
-        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-            raise ValueError(f"{name!r} has dtype {jnp.result_type(x)}: only floating kernels are projected")
+        check_floating(name, x, "projected")
         chosen[i] = leaf
     if warn and not chosen:
         _warn_of_nothing(paths, tree, method.rank)

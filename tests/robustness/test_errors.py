@@ -98,18 +98,29 @@ def test_factorize_a_rank_that_no_kernel_allows():
         lro.factorize({"kernel": jnp.ones((6, 5))}, 64)
 
 
+TAKERS = {
+    "factorize": lambda params: lro.factorize(params, 2),
+    "budget": lambda params: lro.factorize(params, budget=0.9),
+    "adapters": lambda params: lro.adapters.init(jax.random.key(0), params, 2),
+    "subspace": lambda params: lro.galore(0.1, 2).init(params),
+    "lowrank_init": lambda params: lro.lowrank_init(2)(jax.random.key(0), (60, 50), params["kernel"].dtype),
+}
+
+
+@pytest.mark.parametrize("name", TAKERS)
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64, jnp.float8_e4m3fn, jnp.float8_e5m2])
-def test_factorize_only_floating_kernels(dtype):
+def test_only_floating_kernels(name, dtype):
     with pytest.raises(ValueError, match=r"'kernel' has dtype \w+: only floating kernels"):
-        lro.factorize({"kernel": jnp.ones((6, 5), dtype)}, 2)
+        TAKERS[name]({"kernel": jnp.ones((60, 50), dtype)})
 
 
-@pytest.mark.parametrize("options", [{"rank": 2}, {"budget": 0.9}])
-def test_factorize_takes_shapes_inside_eval_shape_alone(options):
+@pytest.mark.parametrize("name", ["factorize", "budget", "adapters"])
+def test_shapes_are_taken_inside_eval_shape_alone(name):
     shapes = {"kernel": jax.ShapeDtypeStruct((60, 50), jnp.float32)}
     with pytest.raises(TypeError, match=r"'kernel' is a shape and no array: jax\.eval_shape"):
-        lro.factorize(shapes, **options)
-    assert lro.is_lowrank(jax.eval_shape(lambda params: lro.factorize(params, **options), shapes)["kernel"])
+        TAKERS[name](shapes)
+    made = jax.tree.leaves(jax.eval_shape(TAKERS[name], shapes), is_leaf=lro.is_lowrank)
+    assert any(lro.is_lowrank(x) for x in made)
 
 
 @pytest.mark.parametrize(
