@@ -17,7 +17,7 @@ def write(out: Path) -> None:
     """Writes `bench.md` and `bench.png` beside `bench.json`."""
     result = json.loads((out / "bench.json").read_text())
     groups = {kind: [c for c in result["cases"] if c["kind"] == kind] for kind in ("size", "phases", "depth")}
-    parts = [header(result)]
+    parts = ["# Times and memory of training steps", header(result)]
     parts += [size_table(case) for case in groups["size"]]
     parts += [phases_table(case) for case in groups["phases"]]
     if groups["depth"]:
@@ -49,7 +49,7 @@ def size_table(case: dict[str, Any]) -> str:
     first = next(iter(case["methods"]))
     sizes = f"d = {case['d']}, r = {case['rank']}, {_blocks(case['layers'])}, {case['tokens']:,} tokens"
     rows = [
-        f"**{sizes}, {case['dtype']}**",
+        f"## {sizes}, {case['dtype']}",
         "",
         "| method | step, ms | over dense AdamW | update, ms | its share | parameters, MB | state, MB | peak, MB "
         "| compile, s |",
@@ -70,7 +70,7 @@ def phases_table(case: dict[str, Any]) -> str:
     phases = case["phases"]
     step = phases["step"]["median"]
     rows = [
-        f"**Where a step of low-rank Adam goes: d = {case['d']}, r = {case['rank']}, {_blocks(case['layers'])}**",
+        f"## Where a step of low-rank Adam goes: d = {case['d']}, r = {case['rank']}, {_blocks(case['layers'])}",
         "",
         "| part | ms | share of the step |",
         "|---|---|---|",
@@ -81,7 +81,7 @@ def phases_table(case: dict[str, Any]) -> str:
 
 def depth_table(cases: list[dict[str, Any]]) -> str:
     rows = [
-        f"**Compile time of a whole step against depth: d = {cases[0]['d']}, r = {cases[0]['rank']}**",
+        f"## Compile time of a whole step against depth: d = {cases[0]['d']}, r = {cases[0]['rank']}",
         "",
         "| blocks | dense, s | low rank, s | ratio | dense step, ms | low-rank step, ms |",
         "|---|---|---|---|---|---|",

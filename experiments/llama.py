@@ -96,7 +96,7 @@ class Layer(nn.Module):
 class Llama(nn.Module):
     """Maps tokens (batch, length) to logits (batch, length, vocabulary); the head is the embedding transposed.
 
-    With a cache the tokens stand at `start` and after it, and attend to those of earlier calls.
+    With a cache the tokens stand at `start` and after it, and attend to the tokens of earlier calls.
     """
 
     config: LlamaConfig

@@ -4,7 +4,7 @@
     python -m experiments matrix --condition 1      # a target with equal singular values
     python -m experiments matrix --rank 8           # more rank than the target has
 
-The loss is that of an m x n matrix W against a target T of known singular values,
+The loss compares an m x n matrix W with a target T of known singular values,
 
     L(W) = 1/2 sum w (W - T)^2,   T = P diag(sigma) Q^T,   1 = sigma_1 >= ... >= sigma_r = 1 / condition,
 

@@ -64,9 +64,19 @@ WORDS: dict[str, str] = {
     "lowrank_muon": "low-rank Muon",
 }
 
+ADAPTERS: dict[str, str] = {
+    "adapter:kind=core": "LoRA-XS",
+    "adapter:kind=dora": "DoRA",
+    "adapter:kind=lora:rule=plus": "LoRA+",
+    "adapter:kind=lora:start=pissa": "PiSSA",
+    "adapter:kind=lora:alpha=16:scale=alpha/sqrt(r)": "rank-stabilised LoRA",
+}
+
 
 def in_words(label: str) -> str:
     """A method with settings, as `lowrank_adam:blocks=16`, in words, without step sizes and scales of the start."""
+    if label in ADAPTERS:
+        return ADAPTERS[label]
     method, *settings = label.split(":")
     words = {"blocks": "{0} x {0} blocks", "d": "width {0}", "geometry": "{0}", "max_rank": "at most {0} columns"}
     pairs = [pair.split("=") for pair in settings]

@@ -8,10 +8,11 @@ A block of RESULTS.md names the runs that it shows, and everything up to its end
     <!-- end -->
 
 The words after the experiment choose runs by their settings; `labels` (default: all) chooses rows and their order, and
-`lines` those of the pictures; `show` is a list of `table`, `curves` (loss against steps), `clock` (loss against the
+`lines` the rows of the pictures; `show` is a list of `table`, `curves` (loss against steps), `clock` (loss against the
 time of the steps, of the run that the machine disturbed least), `ranks` (rank against steps), `spectra` (singular
-values of the kernels), `budget` (loss against parameters) and `state` (loss against bytes of optimizer state). A method
-is shown at the step size that was best on the first seed, with all the seeds run there.
+values of the kernels), `budget` (loss against parameters), `state` (loss against bytes of optimizer state) and `seeds`
+(the loss of every seed, a line a method). A method is shown at the step size that was best on the first seed, with all
+the seeds run there.
 """
 
 import argparse
@@ -175,7 +176,7 @@ def spectra(axis: Any, rows: list[Row]) -> None:
         for (step, values), style in zip(runs[0]["spectra"] if runs else [], (":", "-"), strict=False):
             label = {"label": in_words(row.label)} if step else {}
             axis.semilogy(range(1, len(values) + 1), values, style, color=COLOURS[i % len(COLOURS)], **label)
-    axis.set(xlabel="singular value, by size", ylabel="relative to the largest, mean of the kernels (dotted: start)")
+    axis.set(xlabel="singular value, by size", ylabel="size relative to the largest (dotted: start)")
 
 
 def budget(axis: Any, rows: list[Row]) -> None:
@@ -186,6 +187,24 @@ def budget(axis: Any, rows: list[Row]) -> None:
 def state(axis: Any, rows: list[Row]) -> None:
     """Validation loss against the bytes of optimizer state."""
     _against("state_bytes", "optimizer state (bytes)", axis, rows)
+
+
+def seeds(axis: Any, rows: list[Row]) -> None:
+    """The loss of every seed: a line a method, with its trained parameters, the lowest mean at the top."""
+    from matplotlib import ticker
+
+    ordered = sorted(rows, key=lambda row: -row.mean)
+    for y, row in enumerate(ordered):
+        axis.plot(row.losses, [y] * len(row.losses), color="0.7", zorder=1)
+    for seed in sorted({run["settings"]["seed"] for row in rows for run in row.runs}):
+        points = [
+            (final(run), y) for y, row in enumerate(ordered) for run in row.runs if run["settings"]["seed"] == seed
+        ]
+        style = {"color": COLOURS[seed % len(COLOURS)], "marker": "osD^v"[seed % 5]}
+        axis.scatter(*zip(*points, strict=True), label=f"seed {seed}", **style)
+    size = ticker.EngFormatter(places=0, sep="")
+    axis.set_yticks(range(len(rows)), [f"{in_words(row.label)} ({size(row.runs[0]['parameters'])})" for row in ordered])
+    axis.set(xlabel=f"validation loss ({rows[0].runs[0]['unit']}), in brackets: trained parameters")
 
 
 def _against(key: str, words: str, axis: Any, rows: list[Row]) -> None:
@@ -217,7 +236,15 @@ def _against(key: str, words: str, axis: Any, rows: list[Row]) -> None:
     axis.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-PICTURES = {"curves": curves, "clock": clock, "ranks": ranks, "spectra": spectra, "budget": budget, "state": state}
+PICTURES = {
+    "curves": curves,
+    "clock": clock,
+    "ranks": ranks,
+    "spectra": spectra,
+    "budget": budget,
+    "state": state,
+    "seeds": seeds,
+}
 
 
 def draw(kind: str, rows: list[Row], title: str, path: Path) -> None:
@@ -226,13 +253,13 @@ def draw(kind: str, rows: list[Row], title: str, path: Path) -> None:
     matplotlib.use("Agg")  # no display is needed to write a file
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(6.4, 5), layout="constrained")  # legible at the width of a phone
     PICTURES[kind](axis, rows)
     axis.set_title(title)
     axis.grid(alpha=0.3)
-    longest = max((len(in_words(row.label)) for row in rows), default=0)
-    figure.legend(loc=f"outside {'right' if longest < 45 else 'lower'} center", fontsize=9)
-    figure.savefig(path, dpi=90, metadata={"Software": None})
+    longest = max((len(text) for text in axis.get_legend_handles_labels()[1]), default=0)
+    figure.legend(loc="outside lower center", ncols=3 if longest < 10 else 2 if longest < 40 else 1)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
 
 

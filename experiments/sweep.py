@@ -102,7 +102,7 @@ class Candidate:
     Attributes:
       label: its name in the results.
       command: the words that run it, but for step size, seed and folder.
-      config: its settings; its step size is where a search begins, 0 for that of the method.
+      config: its settings; its step size is where a search begins, 0 for the method's own.
     """
 
     label: str
@@ -185,7 +185,7 @@ class Sweep:
             tried[missing[0]] = self.run(candidate, missing[0], seeds[0])
         repeated = [self.run(candidate, best, seed) for seed in seeds]
         if len(data := {run["data"] for run in (*tried.values(), *repeated)}) > 1:  # files that have changed since
-            raise RuntimeError(f"{label}: runs on different data do not compare, drop those of one: {sorted(data)}")
+            raise RuntimeError(f"{label}: runs on different data do not compare, drop the runs on one: {sorted(data)}")
         values = [final(run) for run in repeated]
         grid = ", ".join(f"{x:g}: {losses[x]:.4g}" for x in sorted(losses))
         return f"{label}: {statistics.mean(values):.4f} at {best:g}, seeds {values} (grid {grid})"

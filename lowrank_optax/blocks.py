@@ -34,7 +34,7 @@ class BlockLowRank(FactoredKernel):
 
     A product takes s (c m + b n) operations a row, in two batched matrix products, and keeps b c s numbers a row for
     the backward pass. Of many small blocks it is formed through the dense kernel if that is cheaper in time and memory.
-    Arithmetic of nodes is that of gradients, leaf by leaf: see `FactoredKernel`.
+    Nodes add and scale like gradients, leaf by leaf: see `FactoredKernel`.
 
     Attributes:
       U: `(batch..., in..., c, s)`. The rows of block row i are :math:`U_{i1}, \dots, U_{ic}`, side by side.

@@ -108,7 +108,7 @@ def boxed_dense(like: Any, dense: jax.Array) -> Any:
 
 
 def refuse_unfactored_boxes(params: Any) -> None:
-    """Raises TypeError for a box around a whole `LowRank`, whose names are those of the dense kernel."""
+    """Raises TypeError for a box around a whole `LowRank`, whose names belong to the dense kernel."""
     for box in filter(is_box, jax.tree.leaves(params, is_leaf=is_box)):
         if is_lowrank(opened(box)):
             raise TypeError(

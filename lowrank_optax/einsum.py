@@ -18,7 +18,7 @@ from lowrank_optax.product import Product, axes_of, is_composed
 
 
 class _Equation(NamedTuple):
-    """The letters of `x,w->y`; those of W in order: stacked axes, then inputs and outputs or outputs and inputs."""
+    """The letters of `x,w->y`; W's letters in order: stacked axes, then inputs and outputs or outputs and inputs."""
 
     x: str
     w: str
@@ -78,9 +78,9 @@ def output_sizes(equation: str, x_ndim: int, w_shape: tuple[int, ...]) -> tuple[
 def einsum_axes(equation: str) -> Axes:
     """The axes of the kernel W in `x,w->y`: summed letters are inputs, letters behind them outputs.
 
-    Letters in front of the inputs stack kernels: those that x has too, such as experts, and those of y alone, such as
-    the heads in `BTD,NDH->BTNH`, one D x H kernel each. Where W ends with its inputs, as in `BTF,NHF->BTNH`, the
-    letters in front of them are outputs of one kernel, and only those that x has too stack kernels. It is stored
+    Letters in front of the inputs stack kernels: letters that x has too, such as experts, and letters of y alone,
+    such as the heads in `BTD,NDH->BTNH`, one D x H kernel each. Where W ends with its inputs, as in `BTF,NHF->BTNH`,
+    the letters in front of them are outputs of one kernel, and only those that x has too stack kernels. It is stored
     transposed, so that the input axes of the factored kernel, which come first, are the letters of its outputs.
 
     Args:
@@ -204,7 +204,7 @@ def product(equation: str, x: Any, times: Callable[[Any], jax.Array]) -> Product
 
 
 def _product(a: str, x: jax.Array, b: str, factor: jax.Array, summed: str, **options: Any) -> tuple[str, jax.Array]:
-    """The product of x and a factor over letters, and the letters of its axes: shared ones, those of x, others."""
+    """The product of x and a factor over letters, and the letters of its axes: shared ones, x's, others."""
     shared = "".join(c for c in a if c in b and c not in summed)
     rest = lambda term: "".join(c for c in term if c not in shared + summed)  # noqa: E731
     at = lambda term, letters: tuple(term.index(c) for c in letters)  # noqa: E731

@@ -22,7 +22,7 @@ class FactoredKernel:
     A subclass is a pytree node of these arrays without static fields. Its batch axes, which stack independent kernels,
     come first in all three.
 
-    **Arithmetic is that of gradients.** `g + h` and `g - h` of two nodes with factors of equal shapes, and `c * g` and
+    **Nodes add and scale like gradients.** `g + h` and `g - h` of two nodes with factors of equal shapes, `c * g` and
     `g / c` by a scalar, act on U, S and V one by one, as `jax.tree.map` does. Gradients of the factors are added up and
     averaged so. For kernels themselves these signs have another meaning: `W + W2` is not the sum of the matrices, and
     `c * W` is `c^3` times the matrix. They raise TypeError within a linen module, where every node is a kernel. Nothing

@@ -39,7 +39,7 @@ class LowRank(FactoredKernel):
     With batch axes a kernel can be indexed and iterated over along them. Its one operation as a matrix is `x @ W`; for
     others, take `to_dense()`.
 
-    Arithmetic of nodes is that of gradients, leaf by leaf: see `FactoredKernel`.
+    Nodes add and scale like gradients, leaf by leaf: see `FactoredKernel`.
 
     Attributes:
       U: `(batch..., in..., r)`, orthonormal columns once the input axes are flattened.

@@ -238,7 +238,7 @@ def _of_grid(W: Any, name: str, spec: tuple[Any, ...]) -> PartitionSpec:
 
 
 def _of_projection(shape: tuple[int, ...], dense: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
-    """The spec of a basis, of coordinates or of an error of `subspace` from that of its dense kernel, by the shapes."""
+    """The spec of a basis, of coordinates or of an error of `subspace`, from its dense kernel's spec, by the shapes."""
     entries, batch = (*spec, *(None,) * (len(dense) - len(spec))), len(shape) - 2
     for i in range(batch + 1, len(dense)):
         if shape[:batch] != dense[:batch]:

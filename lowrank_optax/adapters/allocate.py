@@ -104,9 +104,9 @@ class AllocationState(NamedTuple):
       count: steps taken.
       sensitivity: running means of |w g| in a tree like the changes, a `Components` in the place of each change of this
         kind, or its E alone, and nothing in the place of others.
-      uncertainty: those of the deviation, or nothing.
-      kept: whether a component stays, `(k,)` for those of all changes one after the other. It is no moment, and in this
-        form `optax.tree.map_params` leaves it alone.
+      uncertainty: the moving means of the deviation, or nothing.
+      kept: whether a component stays, `(k,)` for the components of all changes one after the other. It is no moment,
+        and in this form `optax.tree.map_params` leaves it alone.
     """
 
     inner: Any
@@ -166,7 +166,7 @@ def allocating(inner: optax.GradientTransformationExtraArgs, policy: Allocation)
 
 
 def _triplets(x: Components) -> jax.Array:
-    """The score of each component from those of its numbers."""
+    """The score of each component from the scores of its numbers."""
     b, r = x.E.ndim - 1, x.E.shape[-1]
     A, B = x.A.reshape(*x.A.shape[:b], -1, r), x.B.reshape(*x.B.shape[: b + 1], -1)
     return x.E + map_matrices(_means, A, B)
@@ -177,7 +177,7 @@ def _means(A: jax.Array, B: jax.Array) -> jax.Array:
 
 
 def _choose(policy: Allocation, t: jax.Array, scores: jax.Array, kept: jax.Array) -> jax.Array:
-    """The components above the k-th smallest score, where this step chooses; those of the last choice else."""
+    """The components above the k-th smallest score, where this step chooses; else the last choice."""
     k = scores.size
     if policy.components > k:
         raise ValueError(f"budget({policy.components}) is more than the {k} components of the changes")

@@ -120,7 +120,7 @@ class C3A(Flattened):
       inputs: the number of input axes of the kernel, 1 by default; static.
 
     References:
-      arXiv:2407.19342; the division by m is that of its code and of PEFT.
+      arXiv:2407.19342; its code and PEFT divide by m too.
     """
 
     kind: ClassVar[str] = "c3a"

@@ -87,7 +87,7 @@ def orthogonality(delta: Any) -> jax.Array:
       >>> penalty = 0.5 * lro.adapters.orthogonality(delta)
 
     References:
-      arXiv:2303.10512; the norms without squares are those of PEFT.
+      arXiv:2303.10512; PEFT takes the norms without squares too.
     """
     found = changes_of(delta)
     if not found:

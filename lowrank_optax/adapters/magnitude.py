@@ -126,6 +126,6 @@ class Over:
         return self.over.own_alpha
 
     def make(self, request: Request) -> tuple[Any, Any]:
-        """The change and lengths at the start: what the change takes from W0 it gives V, so norms are those of W0."""
+        """The change and lengths at the start: what the change takes from W0 it gives V, so norms are W0's."""
         change, taken = self.over.make(request)
         return Magnitude(change, request.columns(map_matrices(linalg.column_norms, request.W))), taken

@@ -57,7 +57,7 @@ class Names:
         numbers = [match[1] for part in parts[:-length] if (match := re.fullmatch(r"\D*?(\d+)", part))]
         numbers += [str(i) for i in index]
         if len(numbers) != 1:
-            raise ValueError(f"{path!r} {index or ''} has {len(numbers)} numbers, and that of a block is needed")
+            raise ValueError(f"{path!r} {index or ''} has {len(numbers)} numbers; one is needed, the block's")
         return f"{self.prefix}.{numbers[0]}.{name}"
 
     def below(self, prefix: str) -> Names:

@@ -33,7 +33,7 @@ class RandomBases(SharedBank):
 class NOLA(Shared):
     r"""The change :math:`s\,A B` with :math:`A = \sum_i \alpha_i A_i` and :math:`B = \sum_i \beta_i B_i^\top`.
 
-    A kernel trains `2 k` numbers, whatever its size and rank. The matrices are those of one bank, kept and not drawn
+    A kernel trains `2 k` numbers, whatever its size and rank. The matrices come from one bank, kept and not drawn
     again in every step; `variant("nola", bases=k)` chooses k.
 
     Attributes:

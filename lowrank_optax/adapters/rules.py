@@ -47,7 +47,7 @@ def optimizer(
                    the size of its state), and its update is brought to the factors.
     `frozen_a`     LoRA-FA: A is not trained and has no state. With a damping :math:`s^{-2} (A^\top A + \lambda I)^{-1}
                    G_B` goes to `inner`.
-    `muon`         Polar factors of the momenta of both factors go to `inner`, with a damping those of LoRA-Muon, see
+    `muon`         Polar factors of the momenta of both factors go to `inner`, with a damping LoRA-Muon's, see
                    `scale_by_muon`. Its learning rate is the spectral norm of a step.
     `rite`         LoRA-RITE: a direction that does not depend on how A B is shared between A and B goes to `inner`, see
                    `scale_by_rite`. It has both moments, so `inner` is `optax.sgd(...)`.

@@ -87,7 +87,7 @@ class Orthogonal(Start):
     def pair(self, request: Request) -> tuple[jax.Array, jax.Array, bool]:
         r = request.rank
         if r % 2:
-            raise ValueError(f"start='orthogonal' needs an even rank, and that of {request.name!r} is {r}")
+            raise ValueError(f"start='orthogonal' needs an even rank, and {request.name!r} has rank {r}")
         Q = map_replicated(_orthogonal, request.normal(3, r, r))
         X, Y = request.normal(0, request.m, r // 2, std=0.1), request.normal(1, r // 2, request.n, std=0.1)
         A = jnp.einsum("...mp,...pr->...mr", X, Q[..., 0::2, :], precision="highest")

@@ -194,7 +194,7 @@ def _reason(
     if not found and node.is_mirror and width != node.width:
         kept = [kernel for kernel in mine if kernel.name not in reasons]
         if not any(fit.saved_width(kernel, _entries(kernel, places, there)) == width for kernel in kept):
-            found = [f"{node.name} has width {width} in it, not that of its kernel"]
+            found = [f"{node.name} has width {width} in it, not the width of its kernel"]
     return "; ".join(found) or None
 
 

@@ -27,7 +27,7 @@ _COMPOSED_ADVICE = (
 )
 # Products whose errors concern shapes of activations, in modules written for LowRank parameters.
 _PRODUCTS = {"matmul", "dot_general"}
-# Errors that slices meet; an AssertionError comes from boxes whose first name is not that of the stack.
+# Errors that slices meet; an AssertionError comes from boxes whose first name is not the name of the stack.
 _OF_SLICES = (TypeError, ValueError, IndexError, AssertionError, errors.ScopeParamShapeError)
 _FILES = {module.__file__ for module in (factors, lowrank, blocks)}
 

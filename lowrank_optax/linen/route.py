@@ -169,7 +169,7 @@ def _checked(layer: Layer, module: Any, own: dict[str, Any], args: Any, kwargs: 
 
 @contextlib.contextmanager
 def _parameters_as_they_are(module: Any, kernels: dict[str, Any]) -> Iterator[None]:
-    """`module.param` gives factored kernels without the check of their shape, which is that of one array."""
+    """`module.param` gives factored kernels without the check of their shape, which expects one array."""
 
     def param(name: str, *args: Any, **kwargs: Any) -> Any:
         return kernels[name] if name in kernels else type(module).param(module, name, *args, **kwargs)

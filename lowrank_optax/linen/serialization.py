@@ -18,7 +18,7 @@ def register(kind: Any, names: Callable[[Any], tuple[str, ...]]) -> None:
 
     Args:
       kind: the class.
-      names: the names of the fields of a node that are stored; all others are those of the target.
+      names: the names of the fields of a node that are stored; all others come from the target.
     """
 
     def to_state_dict(node: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Published methods as optimizers: `subspace` with the options and the defaults of each paper.
 
-All return an Optax transformation with the learning rate inside. Options that they do not name are those of
+All return an Optax transformation with the learning rate inside. Other options go to
 `subspace`, which documents them: `where`, `side`, `projector`, `basis_dtype`, `ordinary`, `seed` and others. The
-default `refresh` and `rank` are those of the authors' language models; short runs need a shorter period.
+default `refresh` and `rank` suit the authors' language models; short runs need a shorter period.
 """
 
 from lowrank_optax.projected.adam_and_rest import apollo as apollo

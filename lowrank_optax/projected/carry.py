@@ -55,7 +55,7 @@ def reset(count: bool = False) -> Carry:
 
 
 def rotate(b1: float | jax.Array | None = None, b2: float | jax.Array | None = None) -> Carry:
-    r"""Moments are those of the gradient in the new basis, given its mean and variances in the old one.
+    r"""The moments of the gradient in the new basis, given its mean and variances in the old one.
 
     .. math::
 

@@ -31,7 +31,7 @@ def optimizer(learning_rate: Schedule, weight_decay: Number, mask: Mask, *pieces
 def with_defaults(options: dict[str, Any], **defaults: Any) -> dict[str, Any]:
     """Options of `subspace` that a user gives, over the defaults of a method.
 
-    `optax.inject_hyperparams` hands them on as one argument, whose name is that of the dictionary.
+    `optax.inject_hyperparams` hands them on as one argument, with the name of the dictionary.
     """
     given = dict(options)
     injected = given.pop("options", {})

@@ -15,7 +15,7 @@ def energy(lost: float | jax.Array = 0.04, min_rank: int = 1) -> RankRule:
 
     .. math:: k = \min \{ k : |A|_F^2 - \sum_{j \le k} |p_j^\top A|^2 \le \text{lost} \cdot |A|_F^2 \}
 
-    Columns of the basis are taken in their order, which is that of singular values with `svd` and `randomized`.
+    Columns of the basis are taken in their order, by singular values with `svd` and `randomized`.
 
     Args:
       lost: share of the squared norm, in (0, 1).

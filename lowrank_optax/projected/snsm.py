@@ -43,7 +43,7 @@ def scale_by_subset_norm(
     .. math:: \nu_j \leftarrow b_2 \nu_j + (1 - b_2) \sum_i G_{ij}^2, \quad
        U_{ij} = \mathrm{inner}(G)_{ij} / (\sqrt{\nu_j} + \epsilon)
 
-    with j along the longer side. It has the sum and not the mean: learning rates are about ten times those of Adam.
+    with j along the longer side. It has the sum and not the mean: learning rates are about ten times Adam's.
 
     Args:
       inner: transformation that makes the numerator from G.

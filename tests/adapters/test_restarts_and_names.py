@@ -113,7 +113,7 @@ def test_names(case: tuple) -> None:
     model, path, index = case
     names, expected = getattr(ad.names, model), NAMES[case]
     if expected is None:
-        with pytest.raises(ValueError, match=r"is no layer of|numbers, and that of a block is needed"):
+        with pytest.raises(ValueError, match=r"is no layer of|numbers; one is needed"):
             names(path, index)
     else:
         assert names(path, index) == expected

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from experiments import report
 from experiments.names import LEARNING_RATES, WORDS, in_words
@@ -128,6 +129,16 @@ def test_report_fills_its_blocks(tmp_path: Path) -> None:
     assert document.read_text() == text
 
 
+def test_a_picture_of_seeds_shows_every_loss_and_the_best_method_at_the_top() -> None:
+    runs = [run("full", 0.1, seed, loss) for seed, loss in ((0, 2.0), (11, 3.0))]
+    rows = report.select([*runs, run("lora", 0.1, 0, 1.0), run("lora", 0.1, 11, 3.0)], {}, None)
+    axis = Figure().subplots()
+    report.seeds(axis, rows)
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["dense AdamW (1k)", "LoRA, AdamW (1k)"]
+    points = {c.get_label(): sorted(map(tuple, c.get_offsets().tolist())) for c in axis.collections}
+    assert points == {"seed 0": [(1.0, 1.0), (2.0, 0.0)], "seed 11": [(3.0, 0.0), (3.0, 1.0)]}
+
+
 def test_no_gap_is_closed_where_full_rank_is_behind(tmp_path: Path) -> None:
     runs = [run("full", 0.1, 0, 3.0), run("factors", 0.1, 0, 2.9), run("lowrank_adam", 0.1, 0, 2.0)]
     (tmp_path / "pretrain.jsonl").write_text("".join(json.dumps(r) + "\n" for r in runs))
@@ -137,6 +148,7 @@ def test_no_gap_is_closed_where_full_rank_is_behind(tmp_path: Path) -> None:
 def test_labels_become_words() -> None:
     assert in_words("lowrank_adam:blocks=16:rank=32:lr=0.012") == "low-rank Adam, 16 x 16 blocks, rank 32"
     assert in_words("full:d=64:init_scale=0.5") == "dense AdamW, width 64"
+    assert in_words("adapter:kind=lora:start=pissa") == "PiSSA"
     assert set(WORDS) == set(LEARNING_RATES)
 
 

@@ -159,7 +159,7 @@ def test_moments_of_a_width_that_is_not_their_kernels() -> None:
     wide = state_of(ADAM, 0, 3, width=5)
     adapted = lro.checkpoint.adapt({**saved, "opt_state": wide["opt_state"]}, state_of(ADAM, 1))
     reasons = {name: reason for name, reason in adapted.new.items() if name.endswith("mu/a/kernel")}
-    assert [*reasons.values()] == [f"{next(iter(reasons))} has width 5 in it, not that of its kernel"]
+    assert [*reasons.values()] == [f"{next(iter(reasons))} has width 5 in it, not the width of its kernel"]
 
 
 def test_parameters_are_never_moved() -> None:
