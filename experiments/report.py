@@ -202,9 +202,9 @@ def seeds(axis: Any, rows: list[Row]) -> None:
         ]
         style = {"color": COLOURS[seed % len(COLOURS)], "marker": "osD^v"[seed % 5]}
         axis.scatter(*zip(*points, strict=True), label=f"seed {seed}", **style)
-    size = ticker.EngFormatter(places=0, sep="")
+    size = ticker.EngFormatter(places=1, sep="")
     axis.set_yticks(range(len(rows)), [f"{in_words(row.label)} ({size(row.runs[0]['parameters'])})" for row in ordered])
-    axis.set(xlabel=f"validation loss ({rows[0].runs[0]['unit']}), in brackets: trained parameters")
+    axis.set(xlabel=f"validation loss ({rows[0].runs[0]['unit']}); in brackets: parameters")
 
 
 def _against(key: str, words: str, axis: Any, rows: list[Row]) -> None:

@@ -134,7 +134,7 @@ def test_a_picture_of_seeds_shows_every_loss_and_the_best_method_at_the_top() ->
     rows = report.select([*runs, run("lora", 0.1, 0, 1.0), run("lora", 0.1, 11, 3.0)], {}, None)
     axis = Figure().subplots()
     report.seeds(axis, rows)
-    assert [text.get_text() for text in axis.get_yticklabels()] == ["dense AdamW (1k)", "LoRA, AdamW (1k)"]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["dense AdamW (1.0k)", "LoRA, AdamW (1.0k)"]
     points = {c.get_label(): sorted(map(tuple, c.get_offsets().tolist())) for c in axis.collections}
     assert points == {"seed 0": [(1.0, 1.0), (2.0, 0.0)], "seed 11": [(3.0, 0.0), (3.0, 1.0)]}
 
