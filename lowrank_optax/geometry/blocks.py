@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lowrank_optax import linalg
 from lowrank_optax import manifold as mf
@@ -74,7 +75,7 @@ class Blocks(Factored):
 
     def propose(self, frame: Any, step: Any) -> Any:
         """The moved block."""
-        return self.base.propose(frame, _of_matrix(step))
+        return self.base.propose(frame, _without_padding(frame, _of_matrix(step)))
 
     def spectrum(self, frame: Any, proposal: Any) -> Spectrum | None:
         """The singular values of the block."""
@@ -108,6 +109,22 @@ def check_grid(name: str, W: Any) -> None:
             f"{name!r} is no grid of blocks: shapes {W.U.shape}, {W.S.shape}, {W.V.shape} should be "
             "(batch..., in..., c, s), (batch..., b, c, s, s), (batch..., out..., b, s)"
         )
+
+
+def _without_padding(frame: Any, step: Any) -> Any:
+    """The step without the rows that fill up the last block of an axis, where kernel and gradient are zero.
+
+    New bases have entries of rounding size there, and moments get them from the bases. An elementwise optimizer would
+    make steps of full size of them.
+    """
+
+    def inside(x: jax.Array, basis: jax.Array, gradient: jax.Array) -> jax.Array:
+        return jnp.where(jnp.any((basis != 0) | (gradient != 0), axis=-1, keepdims=True), x, 0.0)
+
+    left, *middle, right = step
+    return type(step)(
+        inside(left, frame.kernel.U, frame.grad[0]), *middle, inside(right, frame.kernel.V, frame.grad[-1])
+    )
 
 
 def _of_blocks(x: Any) -> Any:

@@ -185,3 +185,40 @@ def test_muon_on_tangents_of_grids_is_refused() -> None:
     params = {"kernel": grid_kernel()}
     with pytest.raises(ValueError, match="Balanced"):
         tx.update(params, tx.init(params), params)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "rank", "dtype"), [(12, 9, 2, jnp.float64), (9, 7, 4, jnp.float64), (11, 9, 2, jnp.float32)]
+)
+@pytest.mark.parametrize("geometry", [lro.Balanced(), lro.Tangent()], ids=["balanced", "tangent"])
+def test_blocks_at_the_edge_move_like_kernels_of_their_own(
+    geometry: Any, m: int, n: int, rank: int, dtype: Any
+) -> None:
+    """Where the last blocks are smaller, nothing comes back from the rows that fill them up."""
+    rng = np.random.default_rng(7)
+    dense, target = (jnp.asarray(rng.standard_normal((m, n)), dtype) for _ in "ab")
+    rows, columns = -(-m // 2), -(-n // 2)
+    cut = {
+        f"{i}{j}": np.s_[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns] for i in range(2) for j in range(2)
+    }
+    apart = {key: lro.factorize({"kernel": dense[at]}, rank // 2) for key, at in cut.items()}
+    tx, steps = lro.lowrank_adam(0.03, geometry=geometry), 6 if dtype == jnp.float64 else 12
+
+    grid, _ = run(
+        tx,
+        {"kernel": lro.factorize(dense, rank, blocks=2)},
+        lambda p: jnp.sum((p["kernel"].to_dense() - target) ** 2) / 2,
+        steps,
+    )
+    apart, _ = run(
+        tx,
+        apart,
+        lambda p: sum(jnp.sum((p[key]["kernel"].to_dense() - target[at]) ** 2) for key, at in cut.items()) / 2,
+        steps,
+    )
+    tolerance = 1e-8 if dtype == jnp.float64 else 1e-3
+    for key, at in cut.items():
+        np.testing.assert_allclose(
+            grid["kernel"].to_dense()[at], apart[key]["kernel"].to_dense(), atol=tolerance, rtol=0
+        )
+    tx.init(grid)  # which refuses bases that are not orthonormal
