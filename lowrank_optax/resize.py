@@ -31,7 +31,7 @@ class _Move(NamedTuple):
     lost: jax.Array
 
 
-def resize(params: Any, opt_state: Any = None, rank: Rank | None = None) -> tuple[Any, Any]:
+def resize(params: Any, opt_state: Any = None, rank: Rank | None = None, *, grow: bool = False) -> tuple[Any, Any]:
     """Changes the width of the factors and of the optimizer state together, so that memory and time follow the ranks.
 
     Growing, and shrinking to no less than the active rank, leave W unchanged. Shrinking below it truncates W to its
@@ -48,6 +48,9 @@ def resize(params: Any, opt_state: Any = None, rank: Rank | None = None) -> tupl
         `buckets(params)`; cut to min(m, n). None takes the active rank of each kernel (the largest of a stack), the
         smallest width that holds W. A kernel in the canonical gauge whose width does not change stays the same to the
         bit.
+      grow: whether steps may use all columns at once, so that every rank grows to its width (with `galerkin`, to half
+        of it). By default only a rank policy takes new columns into use. They have singular values of zero, which
+        leave W unchanged.
 
     Returns:
       Parameters and state.
@@ -55,7 +58,7 @@ def resize(params: Any, opt_state: Any = None, rank: Rank | None = None) -> tupl
     Raises:
       ValueError: for factors that are not orthonormal, a state of another optimizer or of other parameters, one that
         keeps factored copies of the parameters outside `fixed_rank`, or one of `galerkin` inside a loop; and for a
-        width below twice the rank with `galerkin`.
+        width below twice the rank with `galerkin`; and for `grow` without a state, which holds the ranks.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro, optax
@@ -69,6 +72,8 @@ def resize(params: Any, opt_state: Any = None, rank: Rank | None = None) -> tupl
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_lowrank)
     kernels = {tuple(path): W for path, W in leaves if is_lowrank(W)}
     check_orthonormal([(path_name(path), W) for path, W in kernels.items()])
+    if grow and opt_state is None:
+        raise ValueError("grow=True raises the ranks that an optimizer state holds: pass the state with the parameters")
     if kernels and not nodes(opt_state, FixedRankState) and any(jnp.ndim(x) for x in jax.tree.leaves(opt_state)):
         raise ValueError(
             "resize found no state of fixed_rank in this optimizer state, so its moments would keep the old width: "
@@ -83,6 +88,7 @@ def resize(params: Any, opt_state: Any = None, rank: Rank | None = None) -> tupl
     room = 2 if loops else 1
     plans = {path: _plan(path_name(path), W, rank, room) for path, W in kernels.items()}
     moves = {path: move for path, move in plans.items() if move is not None}
+    grown = {path: (moves[path].new if path in moves else W).width // room for path, W in kernels.items() if grow}
 
     def kernel(path: Any, x: Any) -> Any:
         move = moves.get(tuple(path))
@@ -90,7 +96,7 @@ def resize(params: Any, opt_state: Any = None, rank: Rank | None = None) -> tupl
 
     def outer(path: Any, x: Any) -> Any:
         if isinstance(x, FixedRankState):
-            return _resized_state(x, kernels, moves)
+            return _resized_state(x, kernels, moves, grown)
         return _resized_gradient(path, x, _owner(path, kernels), moves) if is_lowrank(x) else x
 
     is_node = lambda x: is_lowrank(x) or isinstance(x, FixedRankState)  # noqa: E731
@@ -138,7 +144,9 @@ def _owner(path: Any, kernels: dict[Any, LowRank]) -> Any:
     return max(ends, key=len)
 
 
-def _resized_state(state: FixedRankState, kernels: dict[Any, LowRank], moves: dict[Any, _Move]) -> FixedRankState:
+def _resized_state(
+    state: FixedRankState, kernels: dict[Any, LowRank], moves: dict[Any, _Move], grown: dict[Any, int]
+) -> FixedRankState:
     copies: dict[Any, int] = {}  # path of a copy of the parameters -> its position among the copies
 
     def moment(path: Any, x: Any) -> Any:
@@ -152,6 +160,8 @@ def _resized_state(state: FixedRankState, kernels: dict[Any, LowRank], moves: di
         return map_kernel(_rebased, old, new, x, geometry=geometry_of(x), degree=int(state.degrees[copy]))
 
     def rank(path: Any, x: Any) -> Any:
+        if tuple(path) in grown:
+            return jnp.full_like(x, grown[tuple(path)])
         return jnp.minimum(x, moves[tuple(path)].new.width).astype(x.dtype) if tuple(path) in moves else x
 
     def info(path: Any, x: Any) -> Any:

@@ -10,7 +10,7 @@ from lowrank_optax.axes import Rank
 from lowrank_optax.resize import resize as resize_trees
 
 
-def resize(model: Any, optimizer: Any = None, rank: Rank | None = None) -> None:
+def resize(model: Any, optimizer: Any = None, rank: Rank | None = None, *, grow: bool = False) -> None:
     """Changes the width of the factors of a model and of its optimizer state together, in place.
 
     `lowrank_optax.resize` documents when W stays the same, and which states it refuses. Call it outside `nnx.jit`.
@@ -19,6 +19,7 @@ def resize(model: Any, optimizer: Any = None, rank: Rank | None = None) -> None:
       model: an nnx module with factored kernels.
       optimizer: the optimizer of these parameters, or None before there is one.
       rank: new width, see `lowrank_optax.resize`; default the active rank of each kernel.
+      grow: whether ranks grow to the new width at once, see `lowrank_optax.resize`.
 
     Raises:
       ValueError: see `lowrank_optax.resize`.
@@ -35,7 +36,7 @@ def resize(model: Any, optimizer: Any = None, rank: Rank | None = None) -> None:
     """
     wrt: Any = nnx.Param if optimizer is None else optimizer.wrt
     state = None if optimizer is None else optimizer.opt_state
-    params, state = resize_trees(nnx.state(model, wrt), state, rank)
+    params, state = resize_trees(nnx.state(model, wrt), state, rank, grow=grow)
     nnx.update(model, params)
     if optimizer is not None:
         nnx.update(optimizer.opt_state, nnx.state(state))
