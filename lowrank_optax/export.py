@@ -20,6 +20,7 @@ from lowrank_optax.paths import path_name
 from lowrank_optax.resize import resize
 
 Module = Callable[[str, tuple[int, ...]], str]
+Convolution = Callable[[str], bool]
 PREFIX = "base_model.model."  # of the names of PEFT's tensors
 
 
@@ -30,7 +31,14 @@ def dotted(path: str, index: tuple[int, ...]) -> str:
     return path.removesuffix("kernel").rstrip("/").replace("/", ".")
 
 
-def export_lora(folder: Any, params: Any, *, module: Module = dotted, base_model: str | None = None) -> None:
+def export_lora(
+    folder: Any,
+    params: Any,
+    *,
+    module: Module = dotted,
+    base_model: str | None = None,
+    convolution: Convolution | None = None,
+) -> None:
     r"""Writes low-rank changes of a model's kernels as a LoRA adapter, as PEFT stores and loads them.
 
     PEFT adds `x A^T B^T alpha / r` to the output of a layer. With
@@ -46,11 +54,14 @@ def export_lora(folder: Any, params: Any, *, module: Module = dotted, base_model
       params: a tree whose `LowRank` nodes are the changes. Other leaves are not written, and a warning names them: a
         LoRA adapter has no place for trained biases. For a whole kernel kept
         as U S V^T the base of the adapter is a layer with weight zero; to export it as an ordinary layer, use
-        `densify`. Several input or output axes become one. A kernel with three input axes is a 2-D convolution, whose
-        factors get the shapes `(r, in, height, width)` and `(out, r, 1, 1)`.
+        `densify`. Several input or output axes become one, but those of convolutions: their factors get the shapes
+        `(r, in, window...)` and `(out, r, 1...)`.
       module: callable of the path of a kernel and its index in a stack (`()` if it is not stacked) that returns
         the name of the layer in the model that loads the adapter. Default: the path with dots, without `kernel`.
       base_model: name or path of that model, for the config.
+      convolution: callable of the path of a kernel that says whether it is one of a convolution, with the input axes
+        `(window..., in)`. Default: kernels of three or four input axes and one output axis are 2-D and 3-D
+        convolutions, and those of two are none, because heads and head size are two input axes as well.
 
     Raises:
       ImportError: if safetensors is not installed (`pip install lowrank-optax[export]`).
@@ -76,11 +87,12 @@ def export_lora(folder: Any, params: Any, *, module: Module = dotted, base_model
                 f"{path_name(path)!r} is a grid of blocks, which a LoRA adapter cannot hold: export the dense change, "
                 "lowrank_optax.densify(params)"
             )
+        windowed = is_windowed(path_name(path), W, convolution)
         for index in np.ndindex(W.batch_shape):
             name = module(path_name(path), index)
             if not name or name in pairs:
                 raise ValueError(f"module names kernel {path_name(path)!r} {index or ''} {name!r}, a name must be new")
-            pairs[name] = lora_pair(W[index] if index else W)
+            pairs[name] = lora_pair(W[index] if index else W, windowed)
     if not pairs:
         raise ValueError("there is no LowRank node to export")
     if left_out:
@@ -160,10 +172,24 @@ def _number(alpha: float) -> int | float:
     return int(alpha) if float(alpha).is_integer() else float(alpha)
 
 
-def lora_pair(W: LowRank) -> tuple[jax.Array, jax.Array]:
-    """lora_A and lora_B of one kernel."""
+def is_windowed(path: str, W: LowRank, convolution: Convolution | None) -> bool:
+    """Whether the input axes of a kernel are the window and the channels of a convolution.
+
+    Raises:
+      ValueError: for a convolution with one input axis.
+    """
+    inputs = len(W.in_shape)
+    if convolution is None:
+        return inputs in (3, 4) and len(W.out_shape) == 1
+    if convolution(path) and inputs < 2:
+        raise ValueError(f"convolution names kernel {path!r}, whose inputs {W.in_shape} are no window and channels")
+    return bool(convolution(path))
+
+
+def lora_pair(W: LowRank, windowed: bool) -> tuple[jax.Array, jax.Array]:
+    """lora_A and lora_B of one kernel; of a convolution `(r, in, window...)` and `(out, r, 1...)`, as torch has it."""
     a = (W.U @ W.S).astype(W.dtype)
     b = W.V.reshape(math.prod(W.out_shape), W.width)
-    if len(W.in_shape) == 3:
-        return jnp.transpose(a, (3, 2, 0, 1)), b[:, :, None, None]
+    if windowed:
+        return jnp.moveaxis(a, (-1, -2), (0, 1)), b.reshape(*b.shape, *(1,) * (a.ndim - 2))
     return a.reshape(-1, W.width).T, b

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax.adapters.change import Change, Flattened, node, scaled_identity
+from lowrank_optax.adapters.change import Flattened, Sized, node, scaled_identity
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.axes import Axes
 from lowrank_optax.lowrank import LowRank
 
 
 @node
-class MiSS(Change):
+class MiSS(Sized):
     r"""The change :math:`D_{ij} = s\,E_{(i \bmod r)\,j}`: the rows of E one after the other, until there are m.
 
     Attributes:
@@ -36,7 +36,7 @@ class MiSS(Change):
     def make(cls, request: Request) -> tuple[Any, Any]:
         request.start.only_zero(cls.kind)
         E = jnp.zeros((*request.batch, request.rank, request.n), request.W.dtype)
-        return cls(request.columns(E), request.number(request.scale)), None
+        return cls(request.columns(E), request.number(request.scale), sides=(request.m, request.n)), None
 
     def axes(self, shape: tuple[int, ...]) -> Axes:
         return Axes(self.batch, len(shape) - self.E.ndim + 1)
@@ -44,7 +44,8 @@ class MiSS(Change):
     def fits(self, shape: tuple[int, ...]) -> bool:
         b, outputs = self.batch, self.E.shape[self.batch + 1 :]
         inputs = len(shape) - b - len(outputs)
-        return shape[:b] == self.E.shape[:b] and shape[len(shape) - len(outputs) :] == outputs and inputs > 0
+        same = shape[:b] == self.E.shape[:b] and shape[len(shape) - len(outputs) :] == outputs
+        return same and inputs > 0 and self.has_sides_of(shape)
 
     def part(self, base: Any) -> LowRank:
         shape, b, r = tuple(base.shape), self.batch, self.E.shape[self.batch]

@@ -143,6 +143,21 @@ class Flattened(Change):
         return m == rows and columns in (n, None)
 
 
+@node
+class Sized(Change):
+    """A change whose arrays do not show the size of the kernel, which it remembers: the base class of such kinds.
+
+    Attributes:
+      sides: the numbers of inputs and outputs of the kernel; static. None, in a change made by hand, leaves them open.
+    """
+
+    sides: tuple[int, int] | None = dataclasses.field(default=None, kw_only=True, metadata=STATIC)
+
+    def has_sides_of(self, shape: tuple[int, ...]) -> bool:
+        """Whether a kernel of this shape has the numbers of inputs and outputs that the change remembers."""
+        return self.sides in (None, matrix_shape(shape, self.axes(shape)))
+
+
 class Parts:
     """A kernel that is no array and says how a layer multiplies with it: the base class of such kernels."""
 

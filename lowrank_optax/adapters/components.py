@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.change import Change, diagonals, node
+from lowrank_optax.adapters.change import Change, diagonals, node, scaled_identity
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.axes import Axes
 from lowrank_optax.layout import map_matrices
@@ -151,14 +151,13 @@ class DeLoRA(Change):
         return shape == (*self.A.shape[:-1], *self.B.shape[self.batch + 1 :])
 
     def part(self, base: Any) -> LowRank:
+        # Each factor by its own norms: all of it is small, also in half precision, where lam / 1e-4 may be inf.
         b, r = self.batch, self.A.shape[-1]
-        V = jnp.moveaxis(self.B, b, -1)
-        norms = [map_matrices(_norms, x.reshape(*x.shape[:b], -1, r)) for x in (self.A, V)]
-        sizes = self.lam[..., None] / (r * norms[0] * norms[1])
-        return LowRank(jax.lax.stop_gradient(self.lengths) * self.A, diagonals(sizes), V)
+        U, V = _normalized(self.A, b), _normalized(jnp.moveaxis(self.B, b, -1), b)
+        return LowRank(jax.lax.stop_gradient(self.lengths) * U, scaled_identity(self.lam / r, r), V)
 
 
-def _norms(x: jax.Array) -> jax.Array:
-    """The norms of the columns, from 1e-4. A zero column has no gradient of its own norm."""
-    squares = jnp.sum(x * x, axis=0)
-    return jnp.where(squares > 1e-8, jnp.sqrt(jnp.where(squares > 1e-8, squares, 1.0)), 1e-4)
+def _normalized(x: jax.Array, batch: int) -> jax.Array:
+    """Columns divided by their norms, from 1e-4. A zero column has no gradient of its own norm."""
+    squares = jnp.sum(x * x, axis=tuple(range(batch, x.ndim - 1)), keepdims=True)
+    return x / jnp.where(squares > 1e-8, jnp.sqrt(jnp.where(squares > 1e-8, squares, 1.0)), 1e-4)

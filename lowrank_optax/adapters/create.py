@@ -37,6 +37,7 @@ from lowrank_optax.linalg import check_floating, highest_precision, working_dtyp
 from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.paths import listed, path_name, refuse_nnx, refuse_shape
 from lowrank_optax.product import is_composed
+from lowrank_optax.rank import check_int, check_number
 
 _CLASSES = (
     *(LowRankChange, LoRA, ALLoRA, Components, DeLoRA, Core, SingularValues, Entries, Sparse),
@@ -192,7 +193,8 @@ def variant(kind: str, **settings: Any) -> Variant:
       A kind for `init`.
 
     Raises:
-      TypeError: for settings that the kind does not have.
+      TypeError: for settings that the kind does not have, or of another type.
+      ValueError: for settings that are not positive.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -205,6 +207,14 @@ def variant(kind: str, **settings: Any) -> Variant:
     known = list(inspect.signature(of.make).parameters)[1:]
     if not set(settings) <= set(known):
         raise TypeError(f"kind {kind!r} has the settings {known}, got {sorted(settings)}")
+    for name, value in settings.items():
+        annotation = inspect.signature(of.make).parameters[name].annotation
+        check = {"int": check_int, "float": check_number}.get(str(annotation).removesuffix(" | None"))
+        if check is None or (value is None and annotation.endswith("None")):
+            continue
+        check(name, value)
+        if not value > 0:
+            raise ValueError(f"{name} of kind {kind!r} is positive, got {value}")
     return Variant(of, settings)
 
 

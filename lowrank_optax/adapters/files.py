@@ -22,13 +22,14 @@ from lowrank_optax.adapters.magnitude import Magnitude
 from lowrank_optax.adapters.trees import changes, nested
 from lowrank_optax.axes import Axes, Where, check_where, split_axes
 from lowrank_optax.boxes import opened
-from lowrank_optax.export import PREFIX, Entry, Module, dotted, lora_pair, write
+from lowrank_optax.export import PREFIX, Convolution, Entry, Module, dotted, is_windowed, lora_pair, write
 from lowrank_optax.lowrank import LowRank
 from lowrank_optax.paths import path_name
 
 _LETTERS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m"}
 _LETTERS["lora_magnitude_vector.weight"] = "m"  # in older files
 _DEFAULTS = {"r": 8, "lora_alpha": 8}  # of PEFT, for configs that do not say
+_SWITCHES = ("use_rslora", "use_dora", "lora_bias", "use_qalora")  # all booleans that are read
 # Fields of a config with which a layer computes something else than LoRA does, or a model has other layers.
 _OTHER_METHODS = (
     "lora_bias",
@@ -50,12 +51,14 @@ def export(
     module: Module = dotted,
     base_model: str | None = None,
     save: Mapping[str, Any] | None = None,
+    convolution: Convolution | None = None,
 ) -> None:
     r"""Writes changes of kinds `lowrank`, `lora`, `core`, `svfit` and `dora` as PEFT stores and loads them.
 
     `lora_A` and `lora_B` are A and B transposed and :math:`\alpha = s r`. A change :math:`s\,U S V^\top` is written as
-    :math:`A = U S`, :math:`B = V^\top`. Layers whose rank or alpha differs from the most frequent ones are in
-    `rank_pattern` and `alpha_pattern`. Target names are exact: no other layer is adapted.
+    :math:`A = U S`, :math:`B = V^\top`. The config has the largest rank, to which programs that serve adapters set
+    their buffers, and the largest alpha at this rank; layers with others are in `rank_pattern` and `alpha_pattern`.
+    Target names are exact: no other layer is adapted.
 
     A change that did not start at zero belongs to the base that `init` returned. To write it for the base as it was,
     export `add(delta, start, weights=(1, -1))`, with `start` the tree that `init` returned.
@@ -68,6 +71,8 @@ def export(
       base_model: name or path of that model, for the config.
       save: other trained parameters that go along, by their names in that model and in its layout, e.g.
         `{"classifier.weight": W.T, "classifier.bias": b}`; the config names them as `modules_to_save`.
+      convolution: callable of the path of a kernel that says whether it is one of a convolution, as in `export_lora`:
+        needed for 1-D convolutions, `lambda path: "conv" in path` say.
 
     Raises:
       ImportError: if safetensors is not installed (`pip install lowrank-optax[export]`).
@@ -94,7 +99,7 @@ def export(
             name = module(path, index)
             if not name or name in entries:
                 raise ValueError(f"module names kernel {path!r} {index or ''} {name!r}, a name must be new")
-            entries[name] = _entry(path, jax.tree.map(lambda x, at=index: x[at], change))
+            entries[name] = _entry(path, jax.tree.map(lambda x, at=index: x[at], change), convolution)
     try:
         write(folder, entries, base_model=base_model, save=save)
     except (FileExistsError, NotADirectoryError) as error:
@@ -106,25 +111,37 @@ def _batch(change: Any) -> tuple[int, ...]:
     return tuple(jax.tree.leaves(change)[0].shape[: change.batch])
 
 
-def _entry(path: str, change: Any) -> Entry:
+def _entry(path: str, change: Any, convolution: Convolution | None) -> Entry:
     """One layer as PEFT has it."""
     if isinstance(change, Magnitude):
-        entry, lengths = _entry(path, change.change), change.magnitude.reshape(-1)
-        return entry._replace(magnitude=lengths[None, :, None, None] if entry.A.ndim == 4 else lengths)
+        entry = _entry(path, change.change, convolution)
+        return entry._replace(magnitude=change.magnitude.reshape(_lengths_shape(entry.B.shape[0], entry.A.ndim)))
     change = as_change(change)
-    scale = 1.0
     if isinstance(change, LoRA):
         W = LowRank(change.A, jnp.eye(change.A.shape[-1], dtype=change.A.dtype), jnp.moveaxis(change.B, 0, -1))
-        scale = float(change.scale)
+        alpha = _alpha(np.asarray(change.scale), W.width)
     elif isinstance(change, LowRankChange | Core | SingularValues):
         W = change.part(None)
+        alpha = float(W.width)
     else:
         raise ValueError(
             f"the change of {path!r} is a {type(change).__name__}, which has no LoRA file: merge it, or "
             "make it a pair by as_lora(params, delta)"
         )
-    a, b = lora_pair(W)
-    return Entry(a, b, scale * W.width)
+    a, b = lora_pair(W, is_windowed(path, W, convolution))
+    return Entry(a, b, alpha)
+
+
+def _alpha(scale: np.ndarray, rank: int) -> float:
+    """The shortest decimal that has this scale at this rank, which undoes the rounding of the scale to its dtype."""
+    alpha = float(scale) * rank
+    shorter = (float(f"{alpha:.{digits}g}") for digits in range(1, 17))
+    return next((x for x in shorter if np.asarray(x / rank, scale.dtype) == scale), alpha)
+
+
+def _lengths_shape(n: int, ndim: int) -> tuple[int, ...]:
+    """The shape of DoRA's lengths of n outputs beside factors of so many axes."""
+    return (n,) if ndim == 2 else (1, n, *(1,) * (ndim - 2))
 
 
 class _File(NamedTuple):
@@ -243,6 +260,8 @@ def _checked(config: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
         if not good:
             raise ValueError(f"{path} has {field} {config[field]!r}, which is no {what}")
 
+    for field in _SWITCHES:
+        check(field, isinstance(config.get(field, False), bool), "true or false")
     for field in _OTHER_METHODS:
         if config.get(field):
             raise ValueError(f"{path} has {field}, which has no counterpart here")
@@ -284,6 +303,8 @@ def _sorted(path: pathlib.Path, config: dict[str, Any], tensors: Mapping[str, An
         if ending is not None:
             if not jnp.issubdtype(x.dtype, jnp.floating) or not bool(jnp.isfinite(x).all()):
                 raise ValueError(f"{path} has {key!r} in {x.dtype}, not all of it finite floating numbers")
+            if _LETTERS[ending] != "m" and x.ndim < 2:
+                raise ValueError(f"{path} has {key!r} of shape {x.shape}, which is no matrix")
             layers.setdefault(name.removesuffix(f".{ending}"), {})[_LETTERS[ending]] = np.asarray(x)
         elif name.rpartition(".")[0].endswith(saved) and saved:
             others.append(name)
@@ -311,18 +332,21 @@ def _change(file: _File, name: str, shape: tuple[int, ...], axes: Axes) -> Any:
     of = {key: jnp.asarray(x) for key, x in file.layers[name].items()}
     of = {key: x.astype(jnp.promote_types(x.dtype, jnp.float32)) for key, x in of.items()}
     A, B = of["A"], of["B"]
-    rank = int(A.shape[0])
-    if A.size != rank * math.prod(inputs) or B.size != rank * math.prod(outputs) or B.shape[:2] != (B.shape[0], rank):
+    rank, n = int(A.shape[0]), math.prod(outputs)
+    # A matrix, or a convolution of torch, (r, in, window...), whose axes are those of a kernel (window..., in, out).
+    rows = (math.prod(inputs),) if A.ndim == 2 else (inputs[-1], *inputs[:-1])
+    needed = (rank, *rows), (n, rank, *(1,) * (A.ndim - 2))
+    if (A.shape, B.shape) != needed:
         raise ValueError(
             f"lora_A and lora_B of {name!r} have shapes {A.shape} and {B.shape}, and its kernel of {inputs} inputs and "
-            f"{outputs} outputs needs {(rank, math.prod(inputs))} and {(math.prod(outputs), rank)}"
+            f"{outputs} outputs needs {needed[0]} and {needed[1]}"
         )
-    A = jnp.transpose(A, (2, 3, 1, 0)) if A.ndim == 4 else A.T
     scale = jnp.asarray(file.scale(name, rank), A.dtype)
-    change = LoRA(A.reshape(*inputs, rank), B.reshape(-1, rank).T.reshape(rank, *outputs), scale)
+    A = jnp.moveaxis(A, (1, 0), (-2, -1)).reshape(*inputs, rank)
+    change = LoRA(A, B.reshape(n, rank).T.reshape(rank, *outputs), scale)
     if "m" not in of:
         return change
-    if of["m"].size != math.prod(outputs):
+    if of["m"].shape not in ((n,), _lengths_shape(n, B.ndim)):
         raise ValueError(f"lora_magnitude_vector of {name!r} has shape {of['m'].shape}, its kernel {outputs} outputs")
     return Magnitude(change, of["m"].reshape(outputs))
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.change import node, scaled_identity
+from lowrank_optax.adapters.change import Sized, node, scaled_identity
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.adapters.shared import Shared, SharedBank, equal_ranks
 from lowrank_optax.axes import Axes
@@ -30,7 +30,7 @@ class RandomBases(SharedBank):
 
 
 @node
-class NOLA(Shared):
+class NOLA(Sized, Shared):
     r"""The change :math:`s\,A B` with :math:`A = \sum_i \alpha_i A_i` and :math:`B = \sum_i \beta_i B_i^\top`.
 
     A kernel trains `2 k` numbers, whatever its size and rank. The matrices come from one bank, kept and not drawn
@@ -60,7 +60,8 @@ class NOLA(Shared):
         if len(request.shape) != request.split.batch + 2:
             raise request.refuse(cls.kind, "it needs one input and one output axis; leave it out with `where`")
         alpha = request.normal(0, bases, std=bases**-0.5)
-        return cls(alpha, jnp.zeros_like(alpha), request.number(request.scale)), None
+        sides = (request.m, request.n)
+        return cls(alpha, jnp.zeros_like(alpha), request.number(request.scale), sides=sides), None
 
     @classmethod
     def draw_bank(cls, key: jax.Array, requests: Sequence[Request], changes: Sequence[Any]) -> RandomBases:
@@ -75,7 +76,7 @@ class NOLA(Shared):
         return Axes(self.batch, 1)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        return shape[:-2] == self.scale.shape
+        return shape[:-2] == self.scale.shape and self.has_sides_of(shape)
 
     @highest_precision
     def part(self, base: Any) -> LowRank:

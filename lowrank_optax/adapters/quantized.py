@@ -12,13 +12,15 @@ from lowrank_optax.adapters.change import STATIC, Parts, is_parameter, node
 from lowrank_optax.axes import Axes, Where, check_where, matrix_shape, split_axes
 from lowrank_optax.boxes import closed, opened
 from lowrank_optax.linalg import working_dtype
-from lowrank_optax.paths import path_name
+from lowrank_optax.paths import listed, path_name
 from lowrank_optax.product import Product, is_kernel
 
 
 @node
 class Integers(Parts):
     """A kernel as integers and scales: the base class of both forms.
+
+    A layer multiplies with the kernel in floating point, which it makes for itself and does not keep.
 
     Attributes:
       values: int8 or int4, in the shape of the kernel.
@@ -48,12 +50,21 @@ class Integers(Parts):
         """How the axes of the kernel split."""
         return Axes(self.scale.ndim - self.own, self.inputs)
 
+    def through(self, product: Product) -> jax.Array:
+        """The output of a layer with this kernel, in the dtype of its input and not of the scales."""
+        # The integers themselves give that dtype, but a sum of them may overflow where the output does not.
+        integers = self.values.astype(jnp.int8)  # JAX does not promote int4
+        dtype = jnp.result_type(jax.eval_shape(product.times, integers).dtype, 1.0)
+        return product.times(self.to_dense().astype(dtype))
+
+    def to_dense(self) -> jax.Array:
+        """The kernel as an array."""
+        raise NotImplementedError
+
 
 @node
 class Quantized(Integers):
     r"""A frozen kernel :math:`W_{ij} = v_{ij}\, s_j` of 8-bit or 4-bit integers and a scale for each output.
-
-    A layer multiplies with the integers and scales its outputs: no kernel in floating point is kept.
 
     Attributes:
       values: int8 or int4, in the shape of the kernel.
@@ -62,12 +73,6 @@ class Quantized(Integers):
     """
 
     own: ClassVar[int] = 1
-
-    def through(self, product: Product) -> jax.Array:
-        """The output of a layer with this kernel."""
-        y = product.times(self.values.astype(jnp.int8))  # JAX does not promote int4
-        scale = self.scale.reshape(*self.scale.shape[:-1], *self.shape[sum(self.axes) :])
-        return y * product.columns(scale.astype(y.dtype), y.ndim)
 
     def to_dense(self) -> jax.Array:
         """The kernel as an array."""
@@ -81,8 +86,6 @@ class Quantized(Integers):
 class GroupQuantized(Integers):
     r"""A frozen kernel :math:`W_{ij} = v_{ij}\, s_{g(i)\,j}` with a scale for each group of inputs and each output.
 
-    A layer multiplies with the kernel in floating point, which it makes for itself and does not keep.
-
     Attributes:
       values: int4 or int8, in the shape of the kernel.
       scale: `(batch..., groups, n)` in float32 or better; a group has `ceil(m / groups)` inputs.
@@ -90,10 +93,6 @@ class GroupQuantized(Integers):
     """
 
     own: ClassVar[int] = 2
-
-    def through(self, product: Product) -> jax.Array:
-        """The output of a layer with this kernel."""
-        return product.times(self.to_dense())
 
     def to_dense(self) -> jax.Array:
         """The kernel as an array."""
@@ -111,15 +110,14 @@ def quantize(params: Any, *, bits: int = 8, group: int | None = None, where: Whe
     Args:
       params: the parameters of the base model.
       bits: 8 or 4. JAX holds 4-bit integers as `int4`, of which a device may keep two in a byte.
-      group: the most inputs that share a scale, 32 or 64 say; None for all of them. The kernel is then made in floating
-        point in each layer in turn.
+      group: the most inputs that share a scale, 32 or 64 say; None for all of them.
       where: which kernels, as in `init`.
 
     Returns:
       The tree with `Quantized` or `GroupQuantized` kernels, which run in `lowrank_optax.linen.apply` and `factored`.
 
     Raises:
-      ValueError: for another number of bits, or an empty group.
+      ValueError: for another number of bits, an empty group, or if there is no kernel to quantize.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lowrank_optax as lro
@@ -137,12 +135,18 @@ def quantize(params: Any, *, bits: int = 8, group: int | None = None, where: Whe
         raise ValueError(f"group is the number of inputs that share a scale, got {group!r}")
     most, dtype = 2.0 ** (bits - 1) - 1, jnp.int8 if bits == 8 else jnp.int4
 
+    seen: list[str] = []
+    found: list[str] = []
+
     def one(path: Any, box: Any) -> Any:
-        leaf = opened(box)
+        leaf, name = opened(box), path_name(path)
         shape = tuple(jnp.shape(leaf))
-        axes = None if is_kernel(leaf) else split_axes(path_name(path), shape, where, 1)
+        if len(shape) >= 2:
+            seen.append(f"  {name} {shape}")
+        axes = None if is_kernel(leaf) else split_axes(name, shape, where, 1)
         if axes is None:
             return box
+        found.append(name)
         batch, (m, n) = shape[: axes.batch], matrix_shape(shape, axes)
         W = jnp.asarray(leaf).astype(working_dtype(leaf)).reshape(*batch, m, n)
         groups = 1 if group is None else -(-m // group)
@@ -156,4 +160,7 @@ def quantize(params: Any, *, bits: int = 8, group: int | None = None, where: Whe
             return closed(box, Quantized(values, scale[..., 0, :], inputs=axes.inputs))
         return closed(box, GroupQuantized(values, scale, inputs=axes.inputs))
 
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_parameter)
+    params = jax.tree_util.tree_map_with_path(one, params, is_leaf=is_parameter)
+    if not found:
+        raise ValueError(f"no kernel to quantize. Parameters with two axes or more:\n{listed(seen)}")
+    return params

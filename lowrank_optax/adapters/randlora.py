@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.change import Flattened, diagonals, node
+from lowrank_optax.adapters.change import Flattened, Sized, diagonals, node
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.adapters.shared import Shared, SharedBank, equal_ranks
 from lowrank_optax.axes import matrix_shape
@@ -29,7 +29,7 @@ class RandomPairs(SharedBank):
 
 
 @node
-class RandLoRA(Flattened, Shared):
+class RandLoRA(Sized, Flattened, Shared):
     r"""The change of a kernel whose smaller side has s entries and whose larger side has l,
 
     .. math:: D = s_0\, \sum_{k = 1}^{N r} b_k\, \lambda_k\, (a_k \circ \gamma_k)^\top, \quad N = \lceil s / r \rceil,
@@ -64,7 +64,8 @@ class RandLoRA(Flattened, Shared):
         small, pairs = min(request.m, request.n), -(-min(request.m, request.n) // request.rank)
         lam = jnp.zeros((*request.batch, request.rank, pairs), request.W.dtype)
         gamma = jnp.full((*request.batch, pairs, small), 1 / max(pairs, small), request.W.dtype)
-        return cls(lam, gamma, request.number(request.scale), inputs=request.split.inputs), None
+        inputs, sides = request.split.inputs, (request.m, request.n)
+        return cls(lam, gamma, request.number(request.scale), inputs=inputs, sides=sides), None
 
     @classmethod
     def draw_bank(cls, key: jax.Array, requests: Sequence[Request], changes: Sequence[Any]) -> RandomPairs:
@@ -80,7 +81,7 @@ class RandLoRA(Flattened, Shared):
     def fits(self, shape: tuple[int, ...]) -> bool:
         axes = self.axes(shape)
         same = len(shape) > sum(axes) and shape[: axes.batch] == self.scale.shape
-        return same and min(matrix_shape(shape, axes)) == self.gamma.shape[-1]
+        return same and min(matrix_shape(shape, axes)) == self.gamma.shape[-1] and self.has_sides_of(shape)
 
     def part(self, base: Any) -> LowRank:
         bank, shape, b = jax.lax.stop_gradient(self.needed()), tuple(base.shape), self.batch

@@ -25,6 +25,7 @@ from lowrank_optax.boxes import opened
 from lowrank_optax.lowrank import LowRank, is_lowrank
 from lowrank_optax.paths import path_name
 from lowrank_optax.product import is_composed
+from lowrank_optax.rank import check_number
 
 
 def restart(key: jax.Array, params: Any, delta: Any) -> tuple[Any, Any]:
@@ -129,15 +130,17 @@ def switch(key: jax.Array, params: Any, delta: Any, share: float) -> tuple[Any, 
       key: a PRNG key, a new one for each call.
       params: the frozen parameters.
       delta: the tree of changes, of kind `lora`.
-      share: the probability that a component is exchanged.
+      share: the probability that a component is exchanged, from 0 to 1.
 
     Returns:
       `params, delta, kept`: `kept` is a tree like `delta` with 0 for the columns of A that are new and the rows of B
-      beside them, else 1, and nothing in the place of scales, like moments below `optimizer`. So
-      `optax.tree.map_params(tx, lambda x, k: x * k, state, kept)` forgets the moments of what is new.
+      beside them, else 1, and nothing in the place of scales, like moments below `optimizer`. So with the rules
+      `plain`, `plus` and `precondition`, whose moments are pairs,
+      `optax.tree.map_params(tx, lambda x, k: x * k, state, kept)` forgets the moments of new components.
 
     Raises:
-      ValueError: for changes of other kinds, or a base that is quantized.
+      TypeError, ValueError: for changes of other kinds, a share that is no number from 0 to 1, or a base that is
+        quantized.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -147,6 +150,9 @@ def switch(key: jax.Array, params: Any, delta: Any, share: float) -> tuple[Any, 
     References:
       arXiv:2406.06564.
     """
+    check_number("share", share)
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is a probability, from 0 to 1, got {share}")
     found = changes(delta)
     for name, change in found.items():
         if not is_pair(change):
@@ -157,7 +163,7 @@ def switch(key: jax.Array, params: Any, delta: Any, share: float) -> tuple[Any, 
     def one(pair: LoRA) -> tuple[LoRA, LoRA]:
         _, _, A, B = flatten_pair(pair, pair)[0]
         m, r = A.shape[-2:]
-        stays = jax.random.bernoulli(next(keys), 1 - share, (*A.shape[:-2], r)).astype(A.dtype)
+        stays = jax.random.bernoulli(next(keys), 1.0 - share, (*A.shape[:-2], r)).astype(A.dtype)
         fresh = jax.random.uniform(next(keys), A.shape, A.dtype, -1, 1) * m**-0.5
         new = stays[..., None, :] * A + (1 - stays[..., None, :]) * fresh
         back = flatten_pair(pair, pair)[1]

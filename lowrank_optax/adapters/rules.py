@@ -18,15 +18,19 @@ from lowrank_optax.adapters.pairs import flatten_pair, is_pair, on_pairs, power_
 from lowrank_optax.adapters.pro import pro
 from lowrank_optax.adapters.rite import scale_by_rite
 from lowrank_optax.adapters.trees import labels
+from lowrank_optax.door import FixedRankState, nodes
+from lowrank_optax.galerkin import GalerkinState
 from lowrank_optax.geometry import Geometry, Tangent
 from lowrank_optax.layout import map_matrices
 from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.optimize import fixed_rank
+from lowrank_optax.paths import path_name
+from lowrank_optax.rank import check_number
 
 
 def optimizer(
     inner: optax.GradientTransformation,
-    rule: str = "plain",
+    rule: str | None = None,
     *,
     ratio: float | jax.Array = 16.0,
     damping: float | jax.Array | None = None,
@@ -40,6 +44,8 @@ def optimizer(
     With :math:`W = W_0 + s\,A B`, A of m x r and B of r x n, and the gradients :math:`G_A, G_B` of a pair:
 
     ============== ======================================================================================
+    None           `manifold` for kind `lowrank`, unless `inner` is `lro.lowrank_adam(...)` or another optimizer on the
+                   manifold; else `plain`.
     `plain`        `inner` as it is.
     `plus`         LoRA+: the updates of B times `ratio`.
     `precondition` :math:`G_A (B B^\top + \lambda I)^{-1}` and :math:`(A^\top A + \lambda I)^{-1} G_B` go to `inner`.
@@ -51,8 +57,7 @@ def optimizer(
                    `scale_by_muon`. Its learning rate is the spectral norm of a step.
     `rite`         LoRA-RITE: a direction that does not depend on how A B is shared between A and B goes to `inner`, see
                    `scale_by_rite`. It has both moments, so `inner` is `optax.sgd(...)`.
-    `manifold`     `fixed_rank(inner, geometry=geometry)` for kernels of kind `lowrank`; like
-                   `optimizer(lro.lowrank_adam(...))`.
+    `manifold`     `fixed_rank(inner, geometry=geometry)` for kernels of kind `lowrank`.
     ============== ======================================================================================
 
     Arrays that belong to no pair get `inner` under every rule, also below `muon` and `rite`, where `inner` has no
@@ -60,7 +65,7 @@ def optimizer(
 
     Args:
       inner: a transformation of Optax, with its learning rate.
-      rule: a rule of the table.
+      rule: a rule of the table. By default every kind trains with an ordinary optimizer, `optax.adamw(...)` say.
       ratio: of `plus`, the step of B over the step of A.
       damping: lambda of `precondition`, default 1e-2, of `pro` and `rite`, default 1e-8, of `frozen_a`, default no
         preconditioning, and of `muon`, default each factor by itself. A small one makes the first steps from B = 0
@@ -74,8 +79,10 @@ def optimizer(
       An Optax transformation of trees of changes. Scales, frozen frames and banks get zero updates.
 
     Raises:
-      ValueError: for an unknown rule; from `init` if no change in the tree is of the kind that the rule, or `rank`, is
-        for.
+      TypeError: for arguments of other types.
+      ValueError: for an unknown rule or an option outside its range; from `init` if no change in the tree is of the
+        kind that the rule, or `rank`, is for, and for changes of kind `lowrank` that another rule would take off the
+        manifold; from `update` without the changes, where a rule reads them.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
@@ -89,17 +96,25 @@ def optimizer(
       LoRA+: arXiv:2402.12354, section 4. Preconditioning: arXiv:2402.02347, equation 3. LoRA-Pro: arXiv:2407.18242,
       theorems 2.1 and 2.2. LoRA-FA: arXiv:2308.03303. LoRA-Muon: arXiv:2606.12921. LoRA-RITE: arXiv:2410.20625.
     """
-    if rule not in RULES:
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(f"inner is a transformation of Optax, optax.adamw(1e-3) say, got {inner!r}")
+    if rule is not None and (not isinstance(rule, str) or rule not in RULES):
         raise ValueError(f"rule is one of {sorted(RULES)}, got {rule!r}")
     if rank is not None and not isinstance(rank, Allocation):
         raise TypeError(
             f"rank is lro.adapters.budget(...), got {type(rank).__name__}; policies of kernels on the manifold go into "
             "their geometry, geometry=lro.Tangent(rank=...)"
         )
+    _check_range("ratio", ratio)
+    _check_range("damping", damping)
+    _check_range("b1", b1, below=1.0)
+    _check_range("b2", b2, below=1.0)
     options = {"ratio": ratio, "damping": damping, "geometry": geometry, "b1": b1, "b2": b2}
-    tx = optax.with_extra_args_support(RULES[rule](optax.with_extra_args_support(inner), options))
+    of_rule = _by_kind if rule is None else RULES[rule]
+    tx = optax.with_extra_args_support(of_rule(optax.with_extra_args_support(inner), options))
     tx = tx if rank is None else allocating(tx, rank)
-    needed = is_lowrank if rule == "manifold" else None if rule == "plain" else is_pair
+    needed = is_lowrank if rule == "manifold" else None if rule in (None, "plain") else is_pair
+    reads_changes = needed is is_pair and (rule != "frozen_a" or damping is not None)
 
     def init(delta: Any) -> Any:
         delta = with_nodes(delta)
@@ -109,9 +124,14 @@ def optimizer(
             raise ValueError(f"rule {rule!r} is for changes of kind {kind}, and the tree has none")
         if rank is not None and jax.tree.leaves(delta) and not changes_of(delta):
             raise ValueError("rank=budget(...) is for changes of kind 'adalora', and the tree has none")
-        return tx.init(delta)
+        state = tx.init(delta)
+        if not _is_on_manifold(state):
+            _refuse_off_manifold(delta)
+        return state
 
     def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        if reads_changes and params is None:
+            raise ValueError(f"rule {rule!r} needs the changes: update(grads, state, params)")
         updates, state = tx.update(with_nodes(grads), state, with_nodes(params), **extra_args)
         return without_nodes(updates, grads), state
 
@@ -122,9 +142,49 @@ def _nodes(tree: Any) -> list[Any]:
     return jax.tree.leaves(tree, is_leaf=lambda x: is_pair(x) or is_lowrank(x))
 
 
+def _check_range(name: str, value: Any, below: float = float("inf")) -> None:
+    """Refuses anything but None and numbers from 0 on; arrays may be traced, so they pass."""
+    if value is None:
+        return
+    check_number(name, value)
+    if isinstance(value, int | float) and not 0 <= value < below:
+        raise ValueError(f"{name} is at least 0 and below {below}, got {value}")
+
+
+def _is_on_manifold(state: Any) -> bool:
+    """Whether a state, or its shapes, belongs to an optimizer of this library for kernels U S V^T."""
+    return bool(nodes(state, FixedRankState) or nodes(state, GalerkinState))
+
+
+def _refuse_off_manifold(delta: Any) -> None:
+    """Raises ValueError for a kernel U S V^T, whose U and V ordinary steps would leave far from orthonormal."""
+    leaves = jax.tree_util.tree_leaves_with_path(delta, is_leaf=is_lowrank)
+    names = [path_name(path) for path, x in leaves if is_lowrank(x)]
+    if names:
+        raise ValueError(
+            f"the change of {names[0]!r} is of kind 'lowrank', and ordinary steps would take it off the manifold: "
+            "leave rule out, or choose rule='manifold' or an optimizer such as lro.lowrank_adam(...)"
+        )
+
+
 def trained(inner: Any, label: Callable[[Any], Any] = labels) -> optax.GradientTransformationExtraArgs:
     """`inner` for the arrays with the label "trained" and no state for the others."""
     return optax.with_extra_args_support(optax.partition({"trained": inner, "frozen": optax.set_to_zero()}, label))
+
+
+def _by_kind(inner: Any, options: dict[str, Any]) -> Any:
+    plain, manifold = _plain(inner, options), _manifold(inner, options)
+
+    def chosen(delta: Any) -> Any:
+        if not any(map(is_lowrank, _nodes(delta))):
+            return plain
+        return plain if _is_on_manifold(jax.eval_shape(plain.init, delta)) else manifold
+
+    def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        new: tuple[Any, Any] = chosen(grads if params is None else params).update(grads, state, params, **extra_args)
+        return new
+
+    return optax.GradientTransformationExtraArgs(lambda delta: chosen(delta).init(delta), update)
 
 
 def _plain(inner: Any, options: dict[str, Any]) -> Any:

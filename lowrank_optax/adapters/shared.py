@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.change import Change, diagonals, node
+from lowrank_optax.adapters.change import Change, Sized, diagonals, node
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.axes import Axes
 from lowrank_optax.lowrank import LowRank
@@ -110,7 +110,7 @@ class Bank(SharedBank):
 
 
 @node
-class VeRA(Shared):
+class VeRA(Sized, Shared):
     r"""The change :math:`A\,\mathrm{diag}(d)\,B^\top\,\mathrm{diag}(b)` of a kernel, `n + r` trained numbers.
 
     Attributes:
@@ -133,7 +133,8 @@ class VeRA(Shared):
     def make(cls, request: Request) -> tuple[Any, Any]:
         request.start.only_zero(cls.kind)
         b = request.columns(jnp.zeros((*request.batch, request.n), request.W.dtype))
-        return cls(b, jnp.full((*request.batch, request.rank), 0.1, request.W.dtype)), None
+        d = jnp.full((*request.batch, request.rank), 0.1, request.W.dtype)
+        return cls(b, d, sides=(request.m, request.n)), None
 
     @classmethod
     def draw_bank(cls, key: jax.Array, requests: Sequence[Request], changes: Sequence[Any]) -> Bank:
@@ -154,7 +155,8 @@ class VeRA(Shared):
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         b, outputs = self.batch, self.b.shape[self.batch :]
-        return shape[:b] == self.b.shape[:b] and shape[len(shape) - len(outputs) :] == outputs and b < len(shape) - 1
+        same = shape[:b] == self.b.shape[:b] and shape[len(shape) - len(outputs) :] == outputs
+        return same and b < len(shape) - 1 and self.has_sides_of(shape)
 
     def part(self, base: Any) -> LowRank:
         bank = self.needed()

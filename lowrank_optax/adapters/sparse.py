@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.change import Change, indices, node, times_base, to_dense
+from lowrank_optax.adapters.change import Change, Sized, indices, node, times_base, to_dense
 from lowrank_optax.adapters.lora import LoRA
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.adapters.starts import Gradient, Zero
@@ -18,7 +18,7 @@ from lowrank_optax.product import Product
 
 
 @node
-class Entries(Change):
+class Entries(Sized):
     r"""The change S with k entries at fixed positions, spread to an array of the size of the kernel in each layer.
 
     By kind `shira` :math:`k = r (m + n)`, as many as LoRA trains. With `start=gradient(grads)` the positions are those
@@ -57,7 +57,7 @@ class Entries(Change):
         size = start.of(request) if type(start) is Gradient else request.normal(3, m, n)
         at = map_replicated(_largest, size, k=k)
         positions = jnp.stack([at // n, at % n], -1).astype(request.W.dtype)
-        return cls(jnp.zeros((*request.batch, k), request.W.dtype), positions)
+        return cls(jnp.zeros((*request.batch, k), request.W.dtype), positions, sides=(m, n))
 
     @property
     def batch(self) -> int:
@@ -67,7 +67,7 @@ class Entries(Change):
         return Axes(self.batch, 1)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        return self.values.shape[:-1] == shape[:-2]
+        return self.values.shape[:-1] == shape[:-2] and self.has_sides_of(shape)
 
     def part(self, base: Any) -> jax.Array:
         return self.spread(tuple(base.shape), base.shape[-2])

@@ -14,6 +14,7 @@ from lowrank_optax.layout import map_replicated
 from lowrank_optax.linalg import working_dtype
 from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.paths import path_name
+from lowrank_optax.rank import check_number
 
 
 class Start:
@@ -128,6 +129,7 @@ class Gradient(Start):
         G = jnp.asarray(self.gradients[request.name])
         if G.shape != request.shape:
             raise ValueError(f"the gradient of {request.name!r} has shape {G.shape}, the kernel {request.shape}")
+        _check_finite(f"the gradient of {request.name!r}", G)
         return G.astype(working_dtype(G)).reshape(request.W.shape).astype(request.W.dtype)
 
     def pair(self, request: Request) -> tuple[jax.Array, jax.Array, bool]:
@@ -198,6 +200,7 @@ class Activation(Start):
             raise ValueError(
                 f"the inputs of {request.name!r} have shape {X.shape}, and its kernel takes {(*batch, '...', *inner)}"
             )
+        _check_finite(f"an input of {request.name!r}", X)
         X = X.astype(request.W.dtype).reshape(*batch, -1, m)
         if X.shape[-2] <= request.rank:
             raise ValueError(
@@ -218,10 +221,13 @@ def gradient(gradients: Any, *, gamma: float = 16.0) -> Gradient:
 
     Args:
       gradients: a tree like the parameters, the mean over a few batches, say.
-      gamma: the constant of the stable scale.
+      gamma: the constant of the stable scale, positive.
 
     Returns:
       A start for `init`.
+
+    Raises:
+      TypeError, ValueError: for a gamma that is no positive number.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -230,6 +236,9 @@ def gradient(gradients: Any, *, gamma: float = 16.0) -> Gradient:
       >>> start = lro.adapters.gradient(grads)
       >>> params, delta = lro.adapters.init(jax.random.key(0), params, rank=2, kind="lora", start=start)
     """
+    check_number("gamma", gamma)
+    if not gamma > 0:
+        raise ValueError(f"gamma is positive, got {gamma}")
     return Gradient(by_path(gradients), gamma)
 
 
@@ -271,6 +280,12 @@ def activation(inputs: Any) -> Activation:
     return Activation(by_path(inputs))
 
 
+def _check_finite(what: str, x: jax.Array) -> None:
+    """Refuses NaN and Inf, whose singular vectors mean nothing; a traced array has no values to look at."""
+    if not isinstance(x, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(x))):
+        raise ValueError(f"{what} is not finite")
+
+
 def by_path(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by their path."""
     return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_lowrank)}
@@ -283,6 +298,11 @@ def as_start(start: Any) -> Start:
     """The start that an argument means."""
     if isinstance(start, Start):
         return start
+    if not isinstance(start, str):
+        raise TypeError(
+            "start is a name, lro.adapters.gradient(grads), .activation(inputs) or .sign_step(grads), got "
+            f"{type(start).__name__}"
+        )
     if start in ("gradient", "activation", "sign_step"):
         needs = "inputs" if start == "activation" else "gradients"
         raise ValueError(f"start={start!r} needs {needs}: pass start=lro.adapters.{start}({needs})")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.adapters.change import Change, Flattened, dense_base, indices, node, scaled_identity
+from lowrank_optax.adapters.change import Change, Flattened, Sized, dense_base, indices, node, scaled_identity
 from lowrank_optax.adapters.request import Request
 from lowrank_optax.axes import Axes
 from lowrank_optax.layout import map_matrices
@@ -177,7 +177,7 @@ def divisor(size: int) -> int:
 
 
 @node
-class Fourier(Change):
+class Fourier(Sized):
     r"""The change :math:`s\,\mathrm{Re}\,\mathcal{F}^{-1}(F)`: k trained entries F of a two-dimensional spectrum.
 
     The rank is k, the number of entries, at random positions that all start at zero. alpha is s itself, 150 by default.
@@ -213,13 +213,14 @@ class Fourier(Change):
         flat = jnp.stack([jax.random.choice(one, m * n, (k,), replace=False) for one in keys])
         dtype = request.W.dtype
         positions = jnp.stack([flat // n, flat % n], -1).astype(dtype).reshape(*request.batch, k, 2)
-        return cls(jnp.zeros((*request.batch, k), dtype), positions, request.number(request.scale)), None
+        scale = request.number(request.scale)
+        return cls(jnp.zeros((*request.batch, k), dtype), positions, scale, sides=(m, n)), None
 
     def axes(self, shape: tuple[int, ...]) -> Axes:
         return Axes(self.batch, 1)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        return shape[:-2] == self.scale.shape
+        return shape[:-2] == self.scale.shape and self.has_sides_of(shape)
 
     def part(self, base: Any) -> jax.Array:
         positions, scale = indices(self.positions, self.kind), jax.lax.stop_gradient(self.scale)

@@ -143,7 +143,8 @@ def add(*deltas: Any, weights: Sequence[float] | None = None) -> Any:
       A tree of changes of kind `lora` with scale 1 and the sum of the ranks.
 
     Raises:
-      ValueError: for other kinds, or another number of weights.
+      TypeError: for weights that are no sequence.
+      ValueError: for other kinds, changes of kernels of different shapes, or another number of weights.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro
@@ -153,6 +154,8 @@ def add(*deltas: Any, weights: Sequence[float] | None = None) -> Any:
       >>> lro.adapters.add(one, two, weights=(0.5, 0.5))["kernel"].A.shape
       (6, 3)
     """
+    if weights is not None and not isinstance(weights, Sequence):
+        raise TypeError(f"weights is a sequence of numbers, one for each tree, got {type(weights).__name__}")
     weights = (1.0,) * len(deltas) if weights is None else tuple(weights)
     if len(weights) != len(deltas) or not deltas:
         raise ValueError(f"add takes one weight for each tree, got {len(weights)} for {len(deltas)}")
@@ -160,6 +163,10 @@ def add(*deltas: Any, weights: Sequence[float] | None = None) -> Any:
     for delta, weight in zip(deltas, weights, strict=True):
         for name, change in changes(delta).items():
             parts.setdefault(name, []).append((weight, low_rank_part(name, change)))
+    for name, terms in parts.items():
+        shapes = sorted({D.shape for _, D in terms})
+        if len(shapes) > 1:
+            raise ValueError(f"the changes of {name!r} are for kernels of different shapes, {shapes}")
     return nested({name: _beside(terms) for name, terms in parts.items()})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -161,8 +162,11 @@ def adapt(
         raise TypeError(f"nnx.adapt changes an nnx module in place, got {type(model).__name__}")
     if (rank is None) == (delta is None):
         raise TypeError(f"nnx.adapt takes either rank or delta, got {'neither' if rank is None else 'both'}")
+    if rngs is not None and not isinstance(rngs, nnx.Rngs):
+        raise TypeError(f"rngs is nnx.Rngs(...), got {type(rngs).__name__}")
     check_where(where)
     found = parameters(model)
+    corrected: dict[str, Any] = {}
     if delta is None:
         assert rank is not None
         axes, reasons = _chosen(found, rank if as_kind(kind).bounded else 1, where)
@@ -172,10 +176,10 @@ def adapt(
         kernels = {name: found[name].variable.get_value() for name in axes}
         options = dict(kind=kind, start=start, alpha=alpha, scale=scale)
         corrected, delta = ad.init(key, kernels, rank, where=lambda name, shape: axes[name], **options)
-        for name, kernel in corrected.items():
-            if kernel is not kernels[name]:
-                found[name].variable.set_value(kernel)
+        corrected = {name: kernel for name, kernel in corrected.items() if kernel is not kernels[name]}
     _install(found, delta)
+    for name, kernel in corrected.items():
+        found[name].variable.set_value(kernel)
 
 
 def adapters(model: Any) -> Any:
@@ -247,26 +251,40 @@ def _chosen(found: dict[str, Parameter], rank: Rank, where: Where | None) -> tup
 
 
 def _install(found: dict[str, Parameter], delta: Any) -> None:
-    """Puts changes into the hooks of layers."""
+    """Puts changes into the hooks of layers, all of them or none."""
+    if not isinstance(delta, Mapping):
+        raise TypeError(f"delta is a tree of changes made by lro.adapters.init, got {type(delta).__name__}")
     of_tree = {key: x for key, x in delta.items() if is_bank(x)}
+    of_kernels = changes({key: x for key, x in delta.items() if not is_bank(x)})
+    if not of_kernels:
+        raise ValueError("delta has no changes, so nothing would be adapted")
+    for name, change in of_kernels.items():
+        _check_layer(name, found.get(name), change, of_tree)
+    there = {key for parameter in found.values() if (x := _adapter(parameter)) is not None for key in x.banks()}
+    if again := sorted(there & of_tree.keys()):
+        raise ValueError(
+            f"the model has a bank {again[0]!r} already, which all layers of its kind share: adapt them in one call"
+        )
     banks = {key: (AdapterParam if x.label == "trained" else AdapterBuffer)(x) for key, x in of_tree.items()}
-    for name, change in changes({key: x for key, x in delta.items() if not is_bank(x)}).items():
-        parameter = found.get(name)
-        if parameter is None or isinstance(parameter.axes, str):
-            reason = "the model has no such kernel" if parameter is None else parameter.axes
-            raise ValueError(f"no layer can run the change of {name!r}: {reason}")
-        if not as_change(with_banks(change, of_tree)).fits(parameter.shape):
-            raise ValueError(f"the change of {name!r} is for a kernel of another shape than {parameter.shape}")
-        shared = shared_in(change)
-        if shared and as_change(change).batch:
-            kind = shared[0].kind
-            raise ValueError(
-                f"the layers of {name!r} are stacked and cannot share the bank of kind {kind!r}: use linen"
-            )
-        hook, ours = hook_of(parameter.layers[0])
-        adapter = Adapter(change, banks, hook, ours, getattr(parameter.layers[0], hook))
-        for layer in parameter.layers:
+    for name, change in of_kernels.items():
+        layers = found[name].layers
+        hook, ours = hook_of(layers[0])
+        adapter = Adapter(change, banks, hook, ours, getattr(layers[0], hook))
+        for layer in layers:
             setattr(layer, hook, nnx.data(adapter))
+
+
+def _check_layer(name: str, parameter: Parameter | None, change: Any, banks: dict[str, Any]) -> None:
+    """Raises ValueError where the layers of a kernel cannot run its change."""
+    if parameter is None or isinstance(parameter.axes, str):
+        reason = "the model has no such kernel" if parameter is None else parameter.axes
+        raise ValueError(f"no layer can run the change of {name!r}: {reason}")
+    if not as_change(with_banks(change, banks)).fits(parameter.shape):
+        raise ValueError(f"the change of {name!r} is for a kernel of another shape than {parameter.shape}")
+    shared = shared_in(change)
+    if shared and as_change(change).batch:
+        kind = shared[0].kind
+        raise ValueError(f"the layers of {name!r} are stacked and cannot share the bank of kind {kind!r}: use linen")
 
 
 def _adapter(parameter: Parameter) -> Adapter | None:

@@ -61,7 +61,7 @@ def test_a_layer_of_peft_computes_the_same_and_comes_back(kind: str, tmp_path: p
 
 def write(folder: pathlib.Path, tensors: dict, **config: object) -> pathlib.Path:
     folder.mkdir(exist_ok=True)
-    named = {f"base_model.model.{name}": np.ascontiguousarray(x) for name, x in tensors.items()}
+    named = {f"base_model.model.{name}": np.asarray(x, order="C") for name, x in tensors.items()}
     safetensors.numpy.save_file(named, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -99,6 +99,156 @@ def test_stacks_heads_and_convolutions(tmp_path: pathlib.Path) -> None:
     merged = lro.adapters.merge(params, lro.adapters.load(folder, params, module=module, where=where))
     change = (merged["stack"]["kernel"] - params["stack"]["kernel"]).reshape(3, 6, 8)
     close(change, np.stack([(B @ A).T, 0 * (B @ A).T, 4 * (B @ A).T]), 1e-12)
+
+
+WINDOWS = [(3,), (3, 2), (2, 3, 2), (4, 4), (1,), (1, 1)]
+OF_WINDOWS = lambda path, shape: lro.Axes(0, len(shape) - 1)  # noqa: E731
+
+
+def of_torch(A: np.ndarray, B: np.ndarray) -> np.ndarray:
+    """The kernel `(window..., in, out)` of the convolutions A `(r, in, window...)` and B `(out, r, 1...)`."""
+    window = "dhw"[: A.ndim - 2]
+    return np.einsum(f"or,ri{window}->{window}io", B.reshape(B.shape[:2]), A)
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_convolutions_of_peft(kind: str, window: tuple[int, ...], tmp_path: pathlib.Path) -> None:
+    ones = (1,) * len(window)
+    A, B = np.asarray(draw((2, 4, *window))), np.asarray(draw((5, 2, *ones), 2))
+    lengths = np.asarray(draw((5,), 3))
+    tensors = {"c.lora_A.weight": A, "c.lora_B.weight": B}
+    if kind == "dora":
+        tensors["c.lora_magnitude_vector"] = lengths.reshape(1, 5, *ones)
+    params = {"c": {"kernel": draw((*window, 4, 5), 4)}}
+    folder = write(tmp_path, tensors, r=2, lora_alpha=6, use_dora=kind == "dora")
+    merged = lro.adapters.merge(params, lro.adapters.load(folder, params, where=OF_WINDOWS))["c"]["kernel"]
+    want = np.asarray(params["c"]["kernel"]) + 3 * of_torch(A, B)
+    if kind == "dora":
+        want = want * lengths / np.linalg.norm(want.reshape(-1, 5), axis=0)
+    np.testing.assert_allclose(merged, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("kind", ["lowrank", "lora", "dora"])
+def test_convolutions_are_written_as_peft_has_them(kind: str, window: tuple[int, ...], tmp_path: pathlib.Path) -> None:
+    """Two and three axes of a window tell a convolution, one needs a word."""
+    params = {"c": {"kernel": draw((*window, 4, 5))}}
+    start = lro.adapters.init(jax.random.key(0), params, 2, kind=kind, alpha=3, where=OF_WINDOWS)[1]
+    delta = moved(start)
+    said = dict(convolution=lambda path: path == "c/kernel") if len(window) == 1 else {}
+    lro.adapters.export(tmp_path, delta, **said)
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    A, B = (tensors[f"base_model.model.c.lora_{letter}.weight"] for letter in "AB")
+    ones = (1,) * len(window)
+    assert A.shape == (2, 4, *window) and B.shape == (5, 2, *ones)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    merged = np.asarray(lro.adapters.merge(params, delta)["c"]["kernel"])
+    want = np.asarray(params["c"]["kernel"]) + config["lora_alpha"] / 2 * of_torch(A, B)
+    if kind == "dora":
+        lengths = tensors["base_model.model.c.lora_magnitude_vector"]
+        assert lengths.shape == (1, 5, *ones)
+        want = want * lengths.reshape(5) / np.linalg.norm(want.reshape(-1, 5), axis=0)
+    np.testing.assert_allclose(merged, want, rtol=1e-10, atol=1e-10)
+    again = lro.adapters.load(tmp_path, params, where=OF_WINDOWS)
+    close(lro.adapters.merge(params, again)["c"]["kernel"], merged, 1e-10)
+    if kind != "lowrank":
+        close(again, delta, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ((2, 4, 1, 3), (5, 2, 1, 1)),  # its window turned round
+        ((2, 3, 4, 1), (5, 2, 1, 1)),  # a window of its channels
+        ((2, 4, 3), (5, 2, 1)),
+        ((2, 4, 3, 1, 1), (5, 2, 1, 1, 1)),
+        ((2, 4, 3, 1), (5, 2)),
+        ((2, 4, 3, 1), (5, 2, 1)),
+        ((2, 12), (5, 2, 1, 1)),
+        ((12, 2), (5, 2)),
+        ((2, 12), (2, 5)),
+    ],
+    ids=str,
+)
+def test_factors_with_axes_of_another_layer(a: tuple[int, ...], b: tuple[int, ...], tmp_path: pathlib.Path) -> None:
+    """All of them have the numbers of entries of a convolution."""
+    params = {"c": {"kernel": draw((3, 1, 4, 5))}}
+    tensors = {"c.lora_A.weight": draw(a), "c.lora_B.weight": draw(b)}
+    message = f"lora_A and lora_B of 'c' have shapes {a} and {b}, and its kernel of (3, 1, 4) inputs and (5,) outputs"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        lro.adapters.load(write(tmp_path, tensors, r=a[0]), params)
+
+
+@pytest.mark.parametrize("shape", [(), (2,)], ids=str)
+@pytest.mark.parametrize("letter", "AB")
+def test_factors_that_are_no_matrices(letter: str, shape: tuple[int, ...], tmp_path: pathlib.Path) -> None:
+    key = f"x.lora_{letter}.weight"
+    message = rf"has '.*{key}' of shape {re.escape(str(shape))}, which is no matrix$"
+    with pytest.raises(ValueError, match=message):
+        lro.adapters.load(write(tmp_path, {**LAYER, key: draw(shape)}), PARAMS)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (1, 6), (2, 3), (6, 1, 1)], ids=str)
+def test_lengths_of_another_shape(shape: tuple[int, ...], tmp_path: pathlib.Path) -> None:
+    folder = write(tmp_path, {**LAYER, "x.lora_magnitude_vector": draw(shape)}, use_dora=True)
+    with pytest.raises(ValueError, match=rf"lora_magnitude_vector.* shape {re.escape(str(shape))}, "):
+        lro.adapters.load(folder, PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("shape", "inputs"),
+    [((2, 4, 6), 2), ((6, 2, 4), 1), ((2, 3, 2, 2), 2), ((2, 3, 2, 2, 3), 3), ((2, 1, 2, 2, 3, 2), 4)],
+    ids=str,
+)
+def test_linear_layers_of_several_axes_are_matrices(shape: tuple[int, ...], inputs: int, tmp_path) -> None:
+    params = {"x": {"kernel": draw(shape)}}
+    where = lambda path, shape: lro.Axes(0, inputs)  # noqa: E731
+    delta = moved(lro.adapters.init(jax.random.key(0), params, 2, kind="dora", alpha=3, where=where)[1])
+    lro.adapters.export(tmp_path, delta)
+    m, n = np.prod(shape[:inputs]), np.prod(shape[inputs:])
+    x, W0 = np.asarray(draw((3, m), 5)), np.asarray(params["x"]["kernel"]).reshape(m, n)
+    dense = lro.adapters.merge(params, delta)["x"]["kernel"].reshape(m, n)
+    np.testing.assert_allclose(peft_layer(tmp_path, "x", x, W0.T), x @ dense, rtol=1e-10, atol=1e-10)
+    close(lro.adapters.load(tmp_path, params, where=where), delta, 1e-12)
+
+
+def test_a_convolution_without_a_window_is_refused(tmp_path: pathlib.Path) -> None:
+    delta = lro.adapters.init(jax.random.key(0), PARAMS, 2, kind="lora")[1]
+    with pytest.raises(ValueError, match=r"names kernel 'x/kernel', whose inputs \(8,\) are no window and channels"):
+        lro.adapters.export(tmp_path, delta, convolution=lambda path: True)
+
+
+@pytest.mark.parametrize("ranks", [(2, 2, 4), (4, 4, 2), (1, 2, 3), (3, 3, 3)], ids=str)
+@pytest.mark.parametrize("alpha", [None, 10, 0.3], ids=str)
+def test_the_config_has_the_largest_rank(ranks: tuple[int, ...], alpha: float | None, tmp_path: pathlib.Path) -> None:
+    """All other ranks, and alphas, are in patterns. Without alpha it is the rank, so that the scale is 1."""
+    params = {name: {"kernel": draw((8, 6))} for name in "abc"}
+    rank = lambda path, shape: ranks["abc".index(path[0])]  # noqa: E731
+    lro.adapters.export(tmp_path, lro.adapters.init(jax.random.key(0), params, rank, kind="lora", alpha=alpha)[1])
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    alphas = ranks if alpha is None else (alpha,) * 3
+    assert config["r"] == max(ranks) and config["lora_alpha"] == (alpha or max(ranks))
+    assert config["rank_pattern"] == {f"^{x}": r for x, r in zip("abc", ranks, strict=True) if r != max(ranks)}
+    others = {f"^{x}": a for x, a in zip("abc", alphas, strict=True) if a != config["lora_alpha"]}
+    assert config["alpha_pattern"] == others
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("rank", [3, 7, 49])
+@pytest.mark.parametrize("alpha", [10, 16, 0.1, 123456], ids=str)
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_alphas_are_written_as_they_were_given(kind: str, alpha: float, rank: int, dtype, tmp_path) -> None:
+    """Numbers like 10 / 3 are rounded to the dtype of the change."""
+    params = {"x": {"kernel": draw((64, 50)).astype(dtype)}}
+    delta = lro.adapters.init(jax.random.key(0), params, rank, kind=kind, alpha=alpha)[1]
+    change = delta["x"]["kernel"].change if kind == "dora" else delta["x"]["kernel"]
+    assert change.scale.dtype == dtype
+    lro.adapters.export(tmp_path, delta)
+    text = (tmp_path / "adapter_config.json").read_text()
+    assert f'"lora_alpha": {alpha},' in text
+    again = lro.adapters.load(tmp_path, params)["x"]["kernel"]
+    assert float((again.change if kind == "dora" else again).scale) == float(change.scale)
 
 
 def test_a_start_off_zero_is_written_for_the_base_as_it_was(tmp_path: pathlib.Path) -> None:
@@ -186,6 +336,11 @@ DAMAGED = {
     },
     "modules text": ({"modules_to_save": "head"}, "modules_to_save 'head', which is no list of names"),
     "modules numbers": ({"modules_to_save": [1]}, r"modules_to_save \[1\], which is no list of names"),
+    **{
+        f"{field} {value!r}": ({field: value}, f"{field} {re.escape(repr(value))}, which is no true or false")
+        for field in ("use_rslora", "use_dora", "lora_bias", "use_qalora")
+        for value in ("false", "true", "", [0], [], 0, 1, 1.0, None, {})
+    },
     **{
         name: ({name: value}, f"{name}, which has no counterpart here")
         for name, value in {

@@ -1,5 +1,7 @@
 """Kinds that PEFT does not have, and what the recorded numbers do not show: starts, stacks, gradients, refusals."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import pytest
 from flax import nnx
 
 import lowrank_optax as lro
+from tests.adapters import every_kind
 from tests.adapters.every_kind import moved
 from tests.models.linen_models import close, draw, shapes_inside
 
@@ -225,6 +228,103 @@ def test_convolutions(kind: str) -> None:
     run = jax.jit(lambda d: (lro.linen.apply(model)({"params": params, "adapters": d}, x), ad.merge(params, d)))
     y, dense = run(delta)
     close(y, model.apply({"params": dense}, x), 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("kind", every_kind.NAMES)
+def test_starts_in_half_precision(kind: str, dtype) -> None:
+    """The output of the base, and finite gradients."""
+    model, x = nn.Dense(18, dtype=dtype, param_dtype=dtype), jnp.ones((3, 9), dtype)
+    before = model.init(KEY, x)["params"]
+    params, delta = every_kind.start(kind, before)
+
+    def loss(delta):
+        y = lro.linen.apply(model)({"params": params, "adapters": delta}, x)
+        return jnp.sum(y.astype(jnp.float32) ** 2), y
+
+    grads, y = jax.grad(loss, has_aux=True)(delta)
+    # Nine products of numbers up to 2; kinds that replace a part of the base round it and the rest.
+    np.testing.assert_allclose(y, model.apply({"params": before}, x), atol=20 * float(jnp.finfo(dtype).eps))
+    assert y.dtype == dtype and all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("size", [0.0, 1e-7, 1e-3, 1.0, 1e3], ids=str)
+def test_delora_in_half_precision(size: float, rank: int) -> None:
+    """By its formula, with norms from 1e-4, at all sizes of B."""
+    model, x = nn.Dense(6, dtype=jnp.float16, param_dtype=jnp.float16), jnp.ones((3, 8), jnp.float16)
+    params, delta = ad.init(KEY, model.init(KEY, x)["params"], rank, kind="delora")
+    d = delta["kernel"]
+    delta["kernel"] = d = dataclasses.replace(d, B=size * draw(d.B.shape).astype(d.B.dtype))
+
+    def outputs(delta):
+        return lro.linen.apply(model)({"params": params, "adapters": delta}, x)
+
+    A, B, W = (np.asarray(x, np.float64) for x in (d.A, d.B, params["kernel"]))
+    norms = [np.maximum(np.linalg.norm(y, axis=axis), 1e-4) for y, axis in ((A, 0), (B, 1))]
+    D = np.linalg.norm(W, axis=1)[:, None] * (A @ np.diag(15 / (rank * norms[0] * norms[1])) @ B)
+    np.testing.assert_allclose(outputs(delta), np.ones((3, 8)) @ (W + D), rtol=0.01, atol=0.1)
+    grads = jax.grad(lambda delta: jnp.sum(outputs(delta).astype(jnp.float32)))(delta)
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
+
+
+LAYERS = {
+    "dense": (nn.Dense, dict(features=4), (2, 512)),
+    "heads": (nn.DenseGeneral, dict(features=(2, 2)), (2, 512)),
+    "heads out": (nn.DenseGeneral, dict(features=4, axis=(-2, -1)), (2, 8, 64)),
+    "einsum": (nn.Einsum, dict(shape=(512, 4), einsum_str="bi,io->bo"), (2, 512)),
+    "convolution": (nn.Conv, dict(features=4, kernel_size=(3,), padding="VALID"), (2, 4, 256)),
+}
+
+
+@pytest.mark.parametrize("options", [dict(), dict(bits=4), dict(group=64), dict(bits=4, group=32)], ids=str)
+@pytest.mark.parametrize("size", [0.01, 10.0, 1000.0], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_integers_in_half_precision(name: str, size: float, options: dict) -> None:
+    """Sums of integers times inputs are above 65504, the outputs are not."""
+    make, settings, shape = LAYERS[name]
+    model = make(**settings, use_bias=False, dtype=jnp.float16, param_dtype=jnp.float16)
+    x = jax.random.uniform(KEY, shape, jnp.float16, 0, size)
+    shapes = jax.eval_shape(model.init, KEY, x)["params"]
+    W = jax.random.uniform(jax.random.key(1), shapes["kernel"].shape, jnp.float16, 0, 0.02)
+    params = ad.quantize({"kernel": W}, where=lro.linen.kernels(model, x), **options)
+    y = jax.jit(lro.linen.apply(model))({"params": params}, x)
+    dense = params["kernel"].to_dense().astype(jnp.float64)
+    wide = make(**settings, use_bias=False, dtype=jnp.float64, param_dtype=jnp.float64)
+    want = wide.apply({"params": {"kernel": dense}}, x.astype(jnp.float64))
+    assert y.dtype == jnp.float16 and jnp.all(want < 6e4)
+    np.testing.assert_allclose(y, want, rtol=0.01)
+    exact = wide.apply({"params": {"kernel": W.astype(jnp.float64)}}, x.astype(jnp.float64))
+    np.testing.assert_allclose(y, exact, rtol=0.01 if options.get("bits", 8) == 8 else 0.1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64, jnp.int32], ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(bits=4), dict(group=3)], ids=str)
+def test_integers_keep_the_dtype_of_inputs(dtype, options: dict) -> None:
+    W = ad.quantize({"kernel": draw((8, 6)).astype(jnp.float32)}, **options)["kernel"]
+    x = (8 * draw((3, 8), 2)).astype(dtype)
+    y = x @ W
+    assert y.dtype == (dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float64)  # of JAX, for integers
+    want = np.asarray(x, np.float64) @ np.asarray(W.to_dense(), np.float64)
+    np.testing.assert_allclose(y, want, atol=100 * float(jnp.finfo(y.dtype).eps))
+
+
+@pytest.mark.parametrize(
+    ("params", "options"),
+    [
+        ({"kernel": draw((8, 6))}, dict(where=lambda path, shape: False)),
+        ({"w": draw((8, 6))}, dict()),
+        ({"bias": draw((6,))}, dict()),
+        ({}, dict()),
+        (ad.quantize({"kernel": draw((8, 6))}), dict(bits=4)),
+    ],
+    ids=["where", "another name", "no matrix", "empty", "quantized"],
+)
+def test_nothing_to_quantize(params, options: dict) -> None:
+    """As in `init`, with the parameters that there are."""
+    found = "none" if set(params) <= {"bias"} else rf"{next(iter(params))} \(8, 6\)"
+    with pytest.raises(ValueError, match=rf"^no kernel to quantize\. Parameters with two axes or more:\n  {found}$"):
+        ad.quantize(params, **options)
 
 
 def test_models_of_nnx() -> None:

@@ -68,7 +68,7 @@ def test_eta_of_allora() -> None:
         restarted = ad.restart(KEY, params, delta)[1]
         assert jax.tree.structure(restarted) == jax.tree.structure(delta)
         assert ad.optimizer(optax.adam(0.1)).init(delta)
-    with pytest.raises(ValueError, match=r"kind 'allora' cannot change .*: its eta is a positive number, got 0"):
+    with pytest.raises(ValueError, match="eta of kind 'allora' is positive, got 0"):
         ad.init(KEY, W, 2, kind=ad.variant("allora", eta=0))
 
 
@@ -78,9 +78,10 @@ def test_top_of_vblora() -> None:
         params, delta = ad.init(KEY, W, 2, kind=ad.variant("vblora", vectors=5, length=2, top=top))
         counts = np.count_nonzero(np.asarray(gradients(params, delta).logits_A), axis=-1)
         assert delta["kernel"].top == top and np.all(counts == (top if top > 1 else 0))
-    for top, message in ((0, "from 1, got 0"), (6, "there are at least 6 vectors")):
-        with pytest.raises(ValueError, match=f"kind 'vblora' cannot change .*{message}"):
-            ad.init(KEY, W, 2, kind=ad.variant("vblora", vectors=5, length=2, top=top))
+    with pytest.raises(ValueError, match="top of kind 'vblora' is positive, got 0"):
+        ad.variant("vblora", vectors=5, length=2, top=0)
+    with pytest.raises(ValueError, match=r"kind 'vblora' cannot change .*there are at least 6 vectors"):
+        ad.init(KEY, W, 2, kind=ad.variant("vblora", vectors=5, length=2, top=6))
 
 
 def test_classes_that_are_no_pytrees_are_told_at_once() -> None:
