@@ -71,8 +71,8 @@ def factorize(
       TypeError: for arguments of another type, for shapes in place of arrays, or unless either `rank` or `budget` is
         given.
       ValueError: for a kernel that is not of floats of 16 bits or more; if the rank exceeds `min(m, n)` of a kernel
-        chosen by `where`, if no kernel is left to factor, if the axes of a kernel are ambiguous, or if the least ranks
-        exceed the budget; the message says the least share.
+        chosen by `where`, if none of the leaves with two axes or more is chosen, if the axes of a kernel are
+        ambiguous, or if the least ranks exceed the budget; the message says the least share.
 
     Example:
       >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -88,7 +88,10 @@ def factorize(
     if rank is None:
         leaves = jax.tree_util.tree_leaves_with_path(unboxed(params)[0], is_leaf=is_lowrank)
         parameters = {path_name(path): x for path, x in leaves}
-        rank, where = at_budget(float(budget or 0.0), parameters, _kernel_axes(parameters, where), blocks)
+        kernels = _kernel_axes(parameters, where)
+        if not kernels and not any(map(is_lowrank, parameters.values())):
+            _refuse_nothing([(name, tuple(jnp.shape(x))) for name, x in parameters.items()], where, "")
+        rank, where = at_budget(float(budget or 0.0), parameters, kernels, blocks)
     seen: list[tuple[str, tuple[int, ...]]] = []
     chosen = 0
 
@@ -99,8 +102,7 @@ def factorize(
             chosen += 1
             return boxed_factors(box, leaf)
         name, shape = path_name(path), tuple(jnp.shape(leaf))
-        if len(shape) >= 2:
-            seen.append((name, shape))
+        seen.append((name, shape))
         axes = split_axes(name, shape, where, rank)
         if axes is None:
             return box
@@ -124,12 +126,23 @@ def factorize(
         return boxed_factors(box, dataclasses.replace(W, S=(scale * W.S).astype(W.S.dtype)))
 
     out = jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda x: is_lowrank(x) or is_box(x))
-    if seen and not chosen and (where is None or hasattr(where, "reasons")):
+    if not chosen:
+        _refuse_nothing(seen, where, f" at rank {rank}")
+    return out
+
+
+def _refuse_nothing(leaves: list[tuple[str, tuple[int, ...]]], where: Where | None, at_rank: str) -> None:
+    """Raises if leaves, of which none was factored, have two axes or more; a tree without such leaves may stay."""
+    seen = [(name, shape) for name, shape in leaves if len(shape) >= 2]
+    if not seen:
+        return
+    if where is None or hasattr(where, "reasons"):
         raise ValueError(
-            f"no kernel to factor at rank {rank}: factorize takes leaves named 'kernel' with min(m, n) >= rank, "
+            f"no kernel to factor{at_rank}: factorize takes leaves named 'kernel' with min(m, n) >= rank, "
             f"and found {seen[:5]}; choose a smaller rank, or other leaves with where=lambda path, shape: ..."
         )
-    return out
+    fault = "the rank fits no kernel that `where` chose" if any(where(*leaf) for leaf in seen) else "`where` chose none"
+    raise ValueError(f"no kernel to factor{at_rank}: {fault}. It was asked about {seen[:5]}, path and dense shape")
 
 
 def _kernel_axes(parameters: dict[str, Any], where: Where | None) -> dict[str, Axes]:

@@ -84,9 +84,9 @@ def ranks_for_share(
     target, least = share * dense, total(at(0.0))
     if least > target:
         raise ValueError(
-            f"budget={share} cannot be reached: with every kernel at its least rank the model keeps "
-            f"{math.ceil(1000 * least / dense) / 1000} of its parameters. Leaves that are not factored are "
-            f"{fixed / dense:.3f} of them"
+            f"budget={share} cannot be reached: with every kernel at its least rank, 4 or min(m, n) where that is "
+            f"smaller, the model keeps {math.ceil(1000 * least / dense) / 1000} of its parameters. Leaves that are not "
+            f"factored are {fixed / dense:.3f} of them"
         )
     low, high = 0.0, 1.0
     for _ in range(50):

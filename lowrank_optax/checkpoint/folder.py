@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -19,6 +21,15 @@ CHECKSUM = "lowrank_optax_checksum"  # of the description
 # Damage that `restore` has proved in this process: folder of a manager -> step -> identity of the folder of the step.
 _proved: dict[str, dict[int, Any]] = {}
 _LISTINGS = 10
+
+
+def check_manager(manager: object, call: str) -> None:
+    """Raises TypeError for anything but a manager of orbax, e.g. the folder itself."""
+    if not isinstance(manager, ocp.CheckpointManager):
+        raise TypeError(
+            f"{call} takes an orbax CheckpointManager, got {manager!r}: "
+            "with orbax.checkpoint.CheckpointManager(folder) as manager: ..., with the absolute path of the folder"
+        )
 
 
 def steps_of(manager: ocp.CheckpointManager) -> dict[int, Any]:
@@ -71,7 +82,8 @@ def described(manager: ocp.CheckpointManager, step: int, folder: Any) -> Descrip
         contents = json.loads((folder / "_CHECKPOINT_METADATA").read_bytes())  # orbax takes no notice of errors here
     except FileNotFoundError:
         contents = {}
-    manager.metadata(step)
+    with _without_a_warning():
+        manager.metadata(step)
     custom = contents.get("custom_metadata") or {}
     saved = custom.get(DESCRIPTION)
     if CHECKSUM in custom and (saved is None or checksum(saved) != custom[CHECKSUM]):
@@ -87,6 +99,18 @@ def described(manager: ocp.CheckpointManager, step: int, folder: Any) -> Descrip
         }
         for path, leaf in leaves
     }
+
+
+@contextlib.contextmanager
+def _without_a_warning() -> Iterator[None]:
+    """Without orbax's log that an item could not be restored: a manager that has not saved learns how in `restore`."""
+    wanted = lambda record: "was found in the checkpoint, but could not" not in str(record.msg)  # noqa: E731
+    logger = logging.getLogger("absl")
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
 
 
 def item_metadata(folder: Any) -> Any:
@@ -128,6 +152,7 @@ def set_aside(manager: ocp.CheckpointManager) -> list[str]:
       The new names.
 
     Raises:
+      TypeError: if `manager` is no `CheckpointManager`.
       ValueError: for a manager that was opened with `read_only=True`.
 
     Example:
@@ -136,6 +161,7 @@ def set_aside(manager: ocp.CheckpointManager) -> list[str]:
       ...     lro.checkpoint.set_aside(manager)
       []
     """
+    check_manager(manager, "set_aside")
     if not may_write(manager):
         raise ValueError(f"the manager of {manager.directory} was opened with read_only=True, which sets nothing aside")
     damaged, names = _proved.pop(str(manager.directory), {}), []

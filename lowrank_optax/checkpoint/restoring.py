@@ -14,6 +14,7 @@ from lowrank_optax.blocks import BlockLowRank
 from lowrank_optax.checkpoint import fit
 from lowrank_optax.checkpoint.fingerprint import Description, changed_leaves, leaf_name, named_leaves
 from lowrank_optax.checkpoint.folder import (
+    check_manager,
     described,
     files_in,
     identity,
@@ -73,6 +74,7 @@ def restore(
       Step and tree, or None where there is no checkpoint.
 
     Raises:
+      TypeError: if `manager` is no `CheckpointManager`.
       ValueError: if `like` does not fit the newest checkpoint that is whole, with the leaves that differ; or if there
         are checkpoints and all are damaged.
       FileNotFoundError: if `step` is given and not there, or no longer.
@@ -87,6 +89,7 @@ def restore(
       >>> step, part["params"]["kernel"].shape
       (7, (6, 6))
     """
+    check_manager(manager, "restore")
     if partial and like is None:
         raise ValueError("partial=True needs `like`, the part of the tree that is wanted")
     manager.wait_until_finished()  # a save that is going on is one of the steps

@@ -7,7 +7,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from lowrank_optax.checkpoint.fingerprint import checksum, describe
-from lowrank_optax.checkpoint.folder import CHECKSUM, DESCRIPTION, may_write, set_aside
+from lowrank_optax.checkpoint.folder import CHECKSUM, DESCRIPTION, check_manager, may_write, set_aside
 
 
 def save(manager: ocp.CheckpointManager, step: int, tree: Any, **options: Any) -> bool:
@@ -32,6 +32,7 @@ def save(manager: ocp.CheckpointManager, step: int, tree: Any, **options: Any) -
       `manager.wait_until_finished()` before buffers of the tree are donated.
 
     Raises:
+      TypeError: if `manager` is no `CheckpointManager`.
       ValueError: for leaves that orbax does not keep, or two leaves of one name.
 
     Example:
@@ -43,6 +44,7 @@ def save(manager: ocp.CheckpointManager, step: int, tree: Any, **options: Any) -
       >>> step, again["kernel"].U.shape
       (7, (6, 2))
     """
+    check_manager(manager, "save")
     if may_write(manager):
         set_aside(manager)
     if not manager.should_save(step) and not options.get("force"):

@@ -346,3 +346,28 @@ def test_another_mesh(tmp_path: pathlib.Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == ["(4, 2) (8, 4)", "(2, 4) (2, 4)", "(1,) (16, 4)"]
+
+
+@pytest.mark.parametrize("target", ["whole", "part", "none"])
+def test_a_manager_that_has_not_saved_restores_without_warnings(
+    target: str, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Orbax would log that it does not know how to restore the item. Metrics are another item."""
+    tree = {"params": lro.factorize({"kernel": jnp.eye(6)}, 2), "step": jnp.int32(1)}
+    options = ocp.CheckpointManagerOptions(best_fn=lambda metrics: metrics["loss"], lightweight_initialize=True)
+    with ocp.CheckpointManager(tmp_path, options=options) as manager:
+        save(manager, 1, tree, metrics={"loss": 0.5})
+    like = {"whole": tree, "part": {"params": tree["params"]}, "none": None}[target]
+    with (
+        caplog.at_level("WARNING", logger="absl"),
+        ocp.CheckpointManager(tmp_path, options=ocp.CheckpointManagerOptions(lightweight_initialize=True)) as manager,
+    ):
+        assert restore(manager, like, partial=target == "part").step == 1
+    assert [record.getMessage() for record in caplog.records] == []
+
+
+@pytest.mark.parametrize("call", ["restore", "save", "set_aside"])
+def test_a_folder_in_the_place_of_a_manager_is_refused(call: str, tmp_path: pathlib.Path) -> None:
+    arguments = {"restore": ({},), "save": (1, {}), "set_aside": ()}[call]
+    with pytest.raises(TypeError, match=rf"{call} takes an orbax CheckpointManager, got '"):
+        getattr(lro.checkpoint, call)(str(tmp_path), *arguments)

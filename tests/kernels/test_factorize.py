@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,6 +110,31 @@ def test_lowrank_init_draws_are_isotropic_and_differ_by_key():
     # The mean of an entry has deviation 0.5 / sqrt(500) = 0.022; twelve of them stay within four and a half.
     np.testing.assert_allclose(jnp.mean(draws, axis=0), np.zeros((4, 3)), atol=0.1)
     assert not np.allclose(draws[0], draws[1])
+
+
+NOTHING = r"no kernel to factor.*`where` chose none\. .*\('kernel', \(4, 3\)\)"
+
+
+@pytest.mark.parametrize("size", [{"rank": 2}, {"budget": 0.9}])
+def test_a_where_that_chooses_nothing_is_refused(size: dict[str, Any]) -> None:
+    params = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
+    with pytest.raises(ValueError, match=NOTHING):
+        lro.factorize(params, **size, where=lambda path, shape: False)
+    with pytest.raises(ValueError, match="no kernel to factor"):
+        lro.factorize({"table": params["kernel"]}, **size)
+
+
+def test_a_where_that_leaves_kernels_for_which_the_rank_is_too_large_says_so() -> None:
+    optional = lro.linen.kernels(nn.Dense(3), jnp.ones((2, 4)))
+    params = {"kernel": jnp.ones((4, 3))}
+    with pytest.raises(ValueError, match="at rank 4: the rank fits no kernel that `where` chose"):
+        lro.factorize(params, 4, where=lambda path, shape: optional(path, shape))
+
+
+@pytest.mark.parametrize("tree", [{}, {"bias": jnp.ones(3)}, {"kernel": kernel(), "other": jnp.ones((4, 3))}])
+def test_a_where_may_choose_nothing_of_a_tree_without_matrices_or_with_factored_ones(tree: Any) -> None:
+    same = lro.factorize(tree, 2, where=lambda path, shape: False)
+    assert jax.tree.all(jax.tree.map(lambda x, y: x is y, same, tree))
 
 
 def test_orthonormalize_keeps_the_kernel():

@@ -215,6 +215,17 @@ def test_every_number_of_an_alias_can_be_injected():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), updates, expected)
 
 
+@pytest.mark.parametrize("alias", ["apollo_mini", "galore", "fira", "frugal", "mofasgd", "snsm"])
+def test_a_rank_that_was_injected_is_refused_by_the_name_of_the_cure(alias):
+    """The default rank of `apollo_mini` becomes an array too, though the user gave none."""
+    tree = {"kernel": jnp.ones((8, 6))}
+    given = {} if alias == "apollo_mini" else {"rank": 2}
+    tx = optax.inject_hyperparams(getattr(lro, alias))(learning_rate=1e-2, **given)
+    with pytest.raises(TypeError, match=r'static_args=\("rank",\)'):
+        tx.init(tree)
+    optax.inject_hyperparams(getattr(lro, alias), static_args=("rank",))(learning_rate=1e-2, **given).init(tree)
+
+
 # --- wrappers -----------------------------------------------------------------------------
 
 
