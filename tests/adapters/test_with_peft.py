@@ -26,20 +26,21 @@ pytestmark = [
 class Model(nn.Module):
     """The model of `peft_process.py`."""
 
+    dimensions: int = 2
+
     @nn.compact
     def __call__(self, x):
-        x = nn.tanh(nn.Conv(6, (3, 3), name="conv")(x)).mean((1, 2))
+        x = nn.tanh(nn.Conv(6, (3,) * self.dimensions, name="conv")(x)).mean(range(1, x.ndim - 1))
         return nn.Dense(5, name="down")(nn.tanh(nn.Dense(16, name="up")(x)))
 
 
-def written(folder: pathlib.Path):
+def written(folder: pathlib.Path, dimensions: int):
     """Inputs and parameters, also in a file in the layout of torch."""
-    x = jax.random.normal(jax.random.key(0), (4, 5, 5, 3))
-    params = Model().init(jax.random.key(1), x)["params"]
-    torch = {"x": np.transpose(x, (0, 3, 1, 2))}
+    x = jax.random.normal(jax.random.key(0), (4, *(5, 4, 3)[:dimensions], 3))
+    params = Model(dimensions).init(jax.random.key(1), x)["params"]
+    torch = {"x": np.moveaxis(x, -1, 1)}
     for name, layer in params.items():
-        kernel = np.asarray(layer["kernel"])
-        torch[f"{name}.weight"] = kernel.T if kernel.ndim == 2 else np.transpose(kernel, (3, 2, 0, 1))
+        torch[f"{name}.weight"] = np.moveaxis(layer["kernel"], (-1, -2), (0, 1))
         torch[f"{name}.bias"] = np.asarray(layer["bias"])
     np.savez(folder / "model.npz", **torch)
     return x, params
@@ -52,7 +53,7 @@ def run(command: str, folder: pathlib.Path):
 
 
 def trained(x, params, delta, steps=5):
-    apply = lro.linen.apply(Model())
+    apply = lro.linen.apply(Model(x.ndim - 2))
     tx = lro.adapters.optimizer(optax.adamw(0.05))
     state = tx.init(delta)
 
@@ -69,25 +70,25 @@ def trained(x, params, delta, steps=5):
     return delta, float(loss(delta)), apply({"params": params, "adapters": delta}, x)
 
 
-@pytest.mark.parametrize("kind", ["lora", "lowrank", "dora"])
-def test_an_adapter_trained_here_is_the_same_model_in_peft(kind: str, tmp_path: pathlib.Path) -> None:
-    x, params = written(tmp_path)
-    where = lro.linen.kernels(Model(), x)
+@pytest.mark.parametrize(("kind", "dimensions"), [("lora", 2), ("lowrank", 2), ("dora", 2), ("lora", 1), ("dora", 3)])
+def test_an_adapter_trained_here_is_the_same_model_in_peft(kind: str, dimensions: int, tmp_path: pathlib.Path) -> None:
+    x, params = written(tmp_path, dimensions)
+    where = lro.linen.kernels(Model(dimensions), x)
     # DoRA of a convolution is another formula in PEFT, with norms over all but the output axis as here.
     _, delta = lro.adapters.init(jax.random.key(2), params, 3, kind=kind, alpha=4, scale="alpha/sqrt(r)", where=where)
     delta, _, y = trained(x, params, delta)
-    lro.adapters.export(tmp_path / "adapter", delta)
+    lro.adapters.export(tmp_path / "adapter", delta, convolution=lambda path: path.startswith("conv"))
     outputs = run("read", tmp_path)
     np.testing.assert_allclose(outputs["adapted"], y, atol=1e-6)
     np.testing.assert_allclose(outputs["merged"], y, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_an_adapter_trained_in_peft_goes_on_here(kind: str, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(("kind", "dimensions"), [("lora", 2), ("dora", 2), ("dora", 1), ("lora", 3)])
+def test_an_adapter_trained_in_peft_goes_on_here(kind: str, dimensions: int, tmp_path: pathlib.Path) -> None:
     """With a rank pattern, an alpha pattern and the scale of rank-stabilised LoRA."""
-    x, params = written(tmp_path)
+    x, params = written(tmp_path, dimensions)
     outputs = run(kind, tmp_path)
-    delta = lro.adapters.load(tmp_path / "adapter", params)
+    delta = lro.adapters.load(tmp_path / "adapter", params, where=lro.linen.kernels(Model(dimensions), x))
     assert delta["down"]["kernel"].axes((16, 5)) == lro.Axes(0, 1)
     _, before, y = trained(x, params, delta, steps=0)
     np.testing.assert_allclose(outputs["adapted"], y, atol=1e-6)
