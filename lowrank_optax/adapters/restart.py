@@ -22,6 +22,7 @@ from lowrank_optax.adapters.magnitude import Magnitude
 from lowrank_optax.adapters.pairs import flatten_pair, is_pair
 from lowrank_optax.adapters.trees import changes, merge
 from lowrank_optax.boxes import opened
+from lowrank_optax.door import FixedRankState, nodes
 from lowrank_optax.lowrank import LowRank, is_lowrank
 from lowrank_optax.paths import path_name
 from lowrank_optax.product import is_composed
@@ -78,13 +79,25 @@ def forget(tx: Any, state: Any) -> Any:
     Returns:
       The state.
 
+    Raises:
+      ValueError: for changes of kind `lowrank` below an `optimizer` without a rule, whose form nothing but the changes
+        tells: name the rule, `optimizer(inner, "manifold")`.
+
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
       >>> params, delta = lro.adapters.init(jax.random.key(0), {"kernel": jnp.eye(6)}, rank=2, kind="lora")
       >>> tx = lro.adapters.optimizer(optax.adam(1e-3))
       >>> state = lro.adapters.forget(tx, tx.init(delta))
     """
-    return optax.tree.map_params(tx, jnp.zeros_like, state)
+    try:
+        return optax.tree.map_params(tx, jnp.zeros_like, state)
+    except ValueError as error:
+        if nodes(state, FixedRankState):
+            raise ValueError(
+                "forget finds another form of state than tx makes by itself: for changes of kind 'lowrank' name the "
+                "rule, lro.adapters.optimizer(inner, 'manifold')"
+            ) from error
+        raise
 
 
 def restarts(envelope: Callable[[Any], Any] | float, every: int, warmup: int) -> Callable[[Any], jax.Array]:

@@ -164,6 +164,15 @@ def test_a_setting_that_is_not_positive_is_refused(kind, settings):
         ad.variant(kind, **settings)
 
 
+def test_forget_asks_for_the_rule_of_changes_on_the_manifold():
+    delta = change("lowrank")
+    tx = ad.optimizer(optax.adam(0.1), "manifold")
+    assert ad.forget(tx, tx.init(delta))
+    tx = ad.optimizer(optax.adam(0.1))
+    with pytest.raises(ValueError, match="for changes of kind 'lowrank' name the rule"):
+        ad.forget(tx, tx.init(delta))
+
+
 @pytest.mark.parametrize("share", [2.0, -0.1, float("nan"), "half"])
 def test_a_share_that_is_no_probability_is_refused(share):
     with pytest.raises((TypeError, ValueError), match="share is "):
