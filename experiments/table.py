@@ -51,10 +51,10 @@ def sentence(runs: dict[str, Run], times: dict[str, float]) -> str:
     )
     gap = losses[best] - losses[BASELINE]
     unit = runs[best][0]["unit"]
-    side = f"{abs(gap):.3f} {unit} {'above' if gap > 0 else 'below'}" if abs(gap) >= 5e-4 else "level with"
+    side = f"a loss {abs(gap):.3f} {unit} {'above' if gap > 0 else 'below'}" if abs(gap) >= 5e-4 else "the loss of"
     speed = f", and {time:.2f} of its time a step" if time else ""
     return (
-        f"{best} ends {side} dense AdamW, with {parameters:.0%} of its parameters, {state:.0%} of its optimizer "
+        f"{best} reaches {side} dense AdamW, with {parameters:.0%} of its parameters, {state:.0%} of its optimizer "
         f"state{speed}."
     )
 

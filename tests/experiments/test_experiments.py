@@ -116,7 +116,7 @@ def test_a_run_of_two_methods_ends_with_times_in_turns_and_a_sentence(
     assert set(times) == {"full", "lowrank_adam"}
     printed = capsys.readouterr().out
     assert f"{times['lowrank_adam']:.1f} ({times['lowrank_adam'] / times['full']:.2f})" in printed
-    assert "lowrank_adam ends" in printed and "compiling" not in printed
+    assert "lowrank_adam reaches" in printed and "compiling" not in printed
 
 
 def test_event_files_hold_the_numbers_of_the_records(tmp_path: Path) -> None:
@@ -332,8 +332,8 @@ def test_the_closing_sentence_compares_the_best_low_rank_method_with_dense_adamw
     runs = {"full": of(1000, 2.0), "lowrank_adam": of(500, 2.5), "lowrank_muon": of(250, 2.25)}
     times = {"full": 10.0, "lowrank_muon": 7.5}
     assert table.sentence(runs, times) == (
-        "lowrank_muon ends 0.250 nats/byte above dense AdamW, with 25% of its parameters, 25% of its optimizer "
-        "state, and 0.75 of its time a step."
+        "lowrank_muon reaches a loss 0.250 nats/byte above dense AdamW, with 25% of its parameters, 25% of its "
+        "optimizer state, and 0.75 of its time a step."
     )
     assert "0.500 nats/byte below" in table.sentence({**runs, "lowrank_muon": of(250, 1.5)}, {})
     assert table.sentence({"full": of(1000, 2.0)}, {}) == ""
