@@ -151,7 +151,7 @@ class DeLoRA(Change):
         return shape == (*self.A.shape[:-1], *self.B.shape[self.batch + 1 :])
 
     def part(self, base: Any) -> LowRank:
-        # Each factor by its own norms: all of it is small, also in half precision, where lam / 1e-4 may be inf.
+        # Each factor is divided by its own norms: lam over the product of both may be inf in half precision.
         b, r = self.batch, self.A.shape[-1]
         U, V = _normalized(self.A, b), _normalized(jnp.moveaxis(self.B, b, -1), b)
         return LowRank(jax.lax.stop_gradient(self.lengths) * U, scaled_identity(self.lam / r, r), V)

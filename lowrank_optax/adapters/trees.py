@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -130,7 +130,7 @@ def unmerge(params: Any, delta: Any) -> Any:
     return _mapped(run, params, delta)
 
 
-def add(*deltas: Any, weights: Sequence[float] | None = None) -> Any:
+def add(*deltas: Any, weights: Iterable[float] | None = None) -> Any:
     r"""The weighted sum of several changes of one base, as pairs of factors beside each other.
 
     .. math:: \sum_i w_i D_i = A B, \quad A = (U_1 S_1, U_2 S_2, \dots), \quad B = (w_1 V_1, w_2 V_2, \dots)^\top
@@ -154,7 +154,7 @@ def add(*deltas: Any, weights: Sequence[float] | None = None) -> Any:
       >>> lro.adapters.add(one, two, weights=(0.5, 0.5))["kernel"].A.shape
       (6, 3)
     """
-    if weights is not None and not isinstance(weights, Sequence):
+    if weights is not None and not isinstance(weights, Iterable):
         raise TypeError(f"weights is a sequence of numbers, one for each tree, got {type(weights).__name__}")
     weights = (1.0,) * len(deltas) if weights is None else tuple(weights)
     if len(weights) != len(deltas) or not deltas:

@@ -194,6 +194,13 @@ def test_a_sum_of_changes_for_different_kernels_is_refused_by_name():
         ad.add(change("lora"), weights=2.0)
 
 
+@pytest.mark.parametrize("make", [tuple, list, np.array, jnp.array], ids=lambda x: x.__name__)
+def test_weights_of_a_sum_may_be_any_sequence(make):
+    delta = change("lora")
+    got = ad.add(delta, delta, weights=make([0.5, 0.25]))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, got, ad.add(delta, delta, weights=(0.5, 0.25))))
+
+
 class Two(nnx.Module):
     def __init__(self, rngs):
         self.a, self.b = nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)
