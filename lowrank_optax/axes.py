@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lowrank_optax.rank import if_injected
+
 
 class Axes(NamedTuple):
     """How the axes of a dense kernel split: `batch` stacked axes, then `inputs` input axes, the rest outputs.
@@ -86,7 +88,8 @@ def rank_number(rank: Rank, name: str, shape: tuple[int, ...], limit: int, least
     """
     value = rank(name, shape) if callable(rank) else rank
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(f"the rank of {name!r} must be an int or a fraction in (0, 1], got {value!r}")
+        hint = if_injected("rank", value)
+        raise TypeError(f"the rank of {name!r} must be an int or a fraction in (0, 1], got {value!r}{hint}")
     if isinstance(value, float | np.floating):
         if not 0.0 < value <= 1.0:
             raise ValueError(f"a fractional rank lies in (0, 1], got {value} for {name!r}; an absolute rank is an int")

@@ -181,11 +181,24 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name} is a number, got {value!r}")
 
 
+def check_range(name: str, value: Any, below: float = float("inf")) -> None:
+    """Refuses anything but None and numbers from 0 on; arrays may be traced, so they pass."""
+    if value is None:
+        return
+    check_number(name, value)
+    if isinstance(value, int | float) and not 0 <= value < below:
+        raise ValueError(f"{name} is at least 0 and below {below}, got {value}")
+
+
 def check_int(name: str, value: Any) -> None:
     """Raises TypeError for anything but an int; `inject_hyperparams` makes arrays of ints."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        hint = f': list it, inject_hyperparams(..., static_args=("{name}",))' if isinstance(value, jax.Array) else ""
-        raise TypeError(f"{name} is an int, got {value!r}{hint}")
+        raise TypeError(f"{name} is an int, got {value!r}{if_injected(name, value)}")
+
+
+def if_injected(name: str, value: Any) -> str:
+    """The end of a message about an array in the place of an int, which `inject_hyperparams` makes of defaults too."""
+    return f'; in inject_hyperparams list it, static_args=("{name}",)' if isinstance(value, jax.Array) else ""
 
 
 def relative_tail(sigma: jax.Array, rank: jax.Array) -> jax.Array:

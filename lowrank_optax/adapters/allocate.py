@@ -12,7 +12,7 @@ import optax
 
 from lowrank_optax.adapters.components import Components, changes_of, is_components
 from lowrank_optax.layout import map_matrices
-from lowrank_optax.rank import check_int
+from lowrank_optax.rank import check_int, check_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def budget(
       A policy for `optimizer`.
 
     Raises:
-      ValueError: for an unknown score, or steps out of order.
+      TypeError, ValueError: for an unknown score, steps out of order, or a decay that is no number from 0 to below 1.
 
     Example:
       >>> import jax, jax.numpy as jnp, lowrank_optax as lro, optax
@@ -87,6 +87,8 @@ def budget(
     """
     for name, value in {"components": components, "begin": begin, "end": end, "every": every}.items():
         check_int(name, value)
+    check_range("b1", b1, below=1.0)
+    check_range("b2", b2, below=1.0)
     if score not in SCORES:
         raise ValueError(f"score is one of {list(SCORES)}, got {score!r}")
     if components < 0 or not 0 <= begin < end or every < 1:

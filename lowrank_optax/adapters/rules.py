@@ -25,7 +25,7 @@ from lowrank_optax.layout import map_matrices
 from lowrank_optax.lowrank import is_lowrank
 from lowrank_optax.optimize import fixed_rank
 from lowrank_optax.paths import path_name
-from lowrank_optax.rank import check_number
+from lowrank_optax.rank import check_range
 
 
 def optimizer(
@@ -105,10 +105,10 @@ def optimizer(
             f"rank is lro.adapters.budget(...), got {type(rank).__name__}; policies of kernels on the manifold go into "
             "their geometry, geometry=lro.Tangent(rank=...)"
         )
-    _check_range("ratio", ratio)
-    _check_range("damping", damping)
-    _check_range("b1", b1, below=1.0)
-    _check_range("b2", b2, below=1.0)
+    check_range("ratio", ratio)
+    check_range("damping", damping)
+    check_range("b1", b1, below=1.0)
+    check_range("b2", b2, below=1.0)
     options = {"ratio": ratio, "damping": damping, "geometry": geometry, "b1": b1, "b2": b2}
     of_rule = _by_kind if rule is None else RULES[rule]
     tx = optax.with_extra_args_support(of_rule(optax.with_extra_args_support(inner), options))
@@ -140,15 +140,6 @@ def optimizer(
 
 def _nodes(tree: Any) -> list[Any]:
     return jax.tree.leaves(tree, is_leaf=lambda x: is_pair(x) or is_lowrank(x))
-
-
-def _check_range(name: str, value: Any, below: float = float("inf")) -> None:
-    """Refuses anything but None and numbers from 0 on; arrays may be traced, so they pass."""
-    if value is None:
-        return
-    check_number(name, value)
-    if isinstance(value, int | float) and not 0 <= value < below:
-        raise ValueError(f"{name} is at least 0 and below {below}, got {value}")
 
 
 def _is_on_manifold(state: Any) -> bool:

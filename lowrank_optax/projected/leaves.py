@@ -130,11 +130,6 @@ def chosen_leaves(tree: Any, method: Any, warn: bool = False) -> tuple[list[Any]
       method: the options of `subspace`, of which `rank`, `side`, `where` and the kind of projector count.
       warn: whether to warn if nothing is projected.
     """
-    if isinstance(method.rank, jax.Array):
-        raise TypeError(
-            f"rank is an int, a fraction or a callable, got {method.rank!r}: list it, inject_hyperparams(..., "
-            'static_args=("rank",)), also where the optimizer has a default rank'
-        )
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_lowrank)
     chosen: dict[int, Leaf] = {}
     options = method.rank, method.side, method.where, method.projector.coordinates

@@ -109,6 +109,13 @@ def test_a_number_of_a_rule_outside_its_range_is_refused(name, value):
         ad.optimizer(optax.sgd(0.1), "plus", **{name: value})
 
 
+@pytest.mark.parametrize("value", [-1.0, 1.0, 2.0, float("nan"), "16"])
+@pytest.mark.parametrize("name", ["b1", "b2"])
+def test_a_decay_of_a_budget_outside_its_range_is_refused(name, value):
+    with pytest.raises((TypeError, ValueError), match=f"{name} is "):
+        ad.budget(2, begin=1, end=3, **{name: value})
+
+
 @pytest.mark.parametrize("inner", [optax.adam, 1e-3, None])
 def test_an_inner_that_is_no_transformation_is_refused(inner):
     with pytest.raises(TypeError, match="inner is a transformation of Optax"):

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 import lowrank_optax as lro
+from tests.one_kernel import run
 
 TARGET = jax.random.normal(jax.random.key(1), (12, 9))
 OPTIMIZERS = {
@@ -29,17 +30,6 @@ def loss(params):
     return 0.5 * jnp.sum((params["kernel"].to_dense() - TARGET) ** 2)
 
 
-def trained(tx, params, state, steps):
-    @jax.jit
-    def step(params, state):
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    for _ in range(steps):
-        params, state = step(params, state)
-    return params, state
-
-
 @pytest.mark.parametrize("blocks", [None, 2])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_ranks_grow_to_the_width_and_are_used(name, blocks):
@@ -48,10 +38,10 @@ def test_ranks_grow_to_the_width_and_are_used(name, blocks):
     tx = OPTIMIZERS[name]()
     params = {"kernel": lro.factorize(jax.random.normal(jax.random.key(0), (12, 9)), 2, blocks=blocks)}
     width = params["kernel"].width
-    params, state = trained(tx, params, tx.init(params), 4)
+    params, state = run(tx, params, tx.init(params), 4, loss)
     new, state = lro.resize(params, state, 2 * width, grow=True)
     np.testing.assert_allclose(new["kernel"].to_dense(), params["kernel"].to_dense(), atol=1e-5)
-    new, state = trained(tx, new, state, 120)
+    new, state = run(tx, new, state, 120, loss)
     assert np.all(np.asarray(lro.ranks(new)["kernel"]) == 2 * width)
     assert loss(new) < 0.8 * best_loss(2)  # out of reach of one matrix of rank 2
 
@@ -59,10 +49,10 @@ def test_ranks_grow_to_the_width_and_are_used(name, blocks):
 def test_columns_that_were_there_unused_come_into_use():
     params = {"kernel": lro.factorize(jax.random.normal(jax.random.key(0), (12, 9)), 2, max_rank=4)}
     tx = lro.lowrank_adam(0.03)
-    params, state = trained(tx, params, tx.init(params), 4)
+    params, state = run(tx, params, tx.init(params), 4, loss)
     assert lro.ranks(params)["kernel"] == 2
     params, state = lro.resize(params, state, 4, grow=True)
-    params, state = trained(tx, params, state, 4)
+    params, state = run(tx, params, state, 4, loss)
     assert lro.ranks(params)["kernel"] == 4
 
 
@@ -70,16 +60,16 @@ def test_without_grow_a_fixed_rank_stays():
     params = {"kernel": lro.factorize(jax.random.normal(jax.random.key(0), (12, 9)), 2)}
     tx = lro.lowrank_adam(0.03)
     params, state = lro.resize(params, tx.init(params), 4)
-    params, _ = trained(tx, params, state, 4)
+    params, _ = run(tx, params, state, 4, loss)
     assert lro.ranks(params)["kernel"] == 2
 
 
 def test_galerkin_grows_to_half_of_its_width():
     params = {"kernel": lro.factorize(jax.random.normal(jax.random.key(0), (12, 9)), 2, max_rank=4)}
     tx = lro.galerkin(optax.adam(0.03))
-    params, state = trained(tx, params, tx.init(params), 4)
+    params, state = run(tx, params, tx.init(params), 4, loss)
     params, state = lro.resize(params, state, 8, grow=True)
-    params, state = trained(tx, params, state, 8)
+    params, state = run(tx, params, state, 8, loss)
     assert lro.ranks(params)["kernel"] == 4
 
 
